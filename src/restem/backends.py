@@ -1,0 +1,143 @@
+"""What a recipe's model means: where its base lies, how it is sampled, trained and told apart. One class for real models, one
+for the toy; the loop sees neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from restem import sampling, toy, training
+from restem.config import Recipe
+from restem.errors import RestemError
+from restem.prompts import Prompt, Renderer, load_exemplars
+from restem.sampling import Sampler
+from restem.selection import Renders
+from restem.tasks import Task
+from restem.training import Trainer
+
+Report = Callable[[int, int, dict[str, float]], None]
+
+
+class Backend(Protocol):
+    """A kind of model. Models are named by directory."""
+
+    base: str
+    stop: tuple[str, ...]
+    """Texts that end a completion."""
+    facts: dict[str, Any]
+    """What the report says about where and how the model runs."""
+
+    @property
+    def renderer(self) -> Renders: ...
+    def open_sampler(self, model: str) -> Sampler: ...
+    def open_trainer(self, report: Report) -> Trainer: ...
+    def fingerprint(self, model: str) -> str: ...
+
+
+def open_backend(recipe: Recipe, prompt: Prompt, home: Path, say: Callable[[str], None]) -> Backend:
+    """The backend of a recipe. `home`: a directory for what belongs to the run (the toy's base)."""
+    if recipe.model.base.partition(":")[0] == "toy" or (Path(recipe.model.base) / "toy.json").is_file():
+        return ToyBackend(recipe, home)
+    return HFBackend(recipe, prompt, say)
+
+
+def prompt_of(recipe: Recipe, task: Task) -> Prompt:
+    """The task's prompt with the recipe's changes."""
+    settings, prompt = recipe.prompt, task.prompt
+    if settings.exemplars is not None:
+        prompt = replace(prompt, exemplars=load_exemplars(settings.exemplars))
+    if settings.shots is not None:
+        if settings.shots > len(prompt.exemplars):
+            raise RestemError(
+                f"prompt.shots = {settings.shots}, but there are only {len(prompt.exemplars)} exemplars. "
+                "Lower it, or give more in a file with prompt.exemplars."
+            )
+        prompt = replace(prompt, exemplars=prompt.exemplars[: settings.shots])
+    if settings.style != "auto":
+        prompt = replace(prompt, style=settings.style)
+    if settings.instruction is not None:
+        prompt = replace(prompt, instruction=settings.instruction)
+    return prompt
+
+
+class HFBackend:
+    """A Hugging Face decoder: tree sampler, tree trainer. Holds at most one model for sampling."""
+
+    def __init__(self, recipe: Recipe, prompt: Prompt, say: Callable[[str], None]) -> None:
+        from restem import models
+
+        self.recipe = recipe
+        self.base = models.locate(recipe.model.base, say=say)
+        self.device = models.pick_device(recipe.model.device)
+        self.dtype = models.compute_dtype(recipe.model.dtype, self.device)
+        tokenizer = models.load_tokenizer(self.base, trust_remote_code=recipe.model.trust_remote_code)
+        self.renderer: Renderer = Renderer(prompt, tokenizer)
+        self.stop = self.renderer.stop
+        self._sampler: tuple[str, Sampler] | None = None
+        self._fingerprints: dict[str, str] = {}
+        self.facts = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
+
+    def open_sampler(self, model: str) -> Sampler:
+        from restem import models
+
+        if self._sampler is None or self._sampler[0] != model:
+            self._sampler = None  # free the former model before the next is loaded
+            trust = self.recipe.model.trust_remote_code
+            loaded = models.load_model(model, dtype=self.dtype, device=self.device, trust_remote_code=trust)
+            engine = self.recipe.engine
+            if engine.sampler in ("auto", "tree"):
+                sampler: Sampler = sampling.TreeSampler(loaded, self.renderer, rows=engine.rows)
+            else:
+                sampler = sampling.plugin(engine.sampler)(loaded, self.renderer, rows=engine.rows)
+            self._sampler = (model, sampler)
+        return self._sampler[1]
+
+    def open_trainer(self, report: Report) -> Trainer:
+        from restem import models
+
+        self._sampler = None
+        settings, name = self.recipe.improve, self.recipe.engine.trainer
+        make: Any = training.TreeTrainer if name in ("auto", "tree") else training.plugin(name)
+        trainer: Trainer = make(
+            settings,
+            device=self.device,
+            dtype=models.compute_dtype(settings.dtype, self.device),
+            trust_remote_code=self.recipe.model.trust_remote_code,
+            report=report,
+        )
+        return trainer
+
+    def fingerprint(self, model: str) -> str:
+        from restem import models
+
+        if model not in self._fingerprints:
+            self._fingerprints[model] = models.fingerprint(model)
+        return self._fingerprints[model]
+
+
+class ToyBackend:
+    """The toy: see `restem.toy`."""
+
+    def __init__(self, recipe: Recipe, home: Path) -> None:
+        self.recipe = recipe
+        self.base = recipe.model.base
+        if self.base in ("toy", "toy:table"):
+            self.base = str(home / "toy-base")
+            rows = 0 if recipe.model.base == "toy:table" else len(toy.BASE)
+            toy.save_policy(toy.ToyPolicy(rows=rows, table={}), Path(self.base))
+        elif not (Path(self.base) / "toy.json").is_file():
+            raise RestemError(f'model.base = "{self.base}": the toys are "toy" and "toy:table"')
+        self.renderer = toy.ToyRenderer(toy.load_policy(self.base))
+        self.stop: tuple[str, ...] = ()
+        self.facts: dict[str, Any] = {"device": "none: a table"}
+
+    def open_sampler(self, model: str) -> Sampler:
+        return toy.ToySampler(toy.load_policy(model))
+
+    def open_trainer(self, report: Report) -> Trainer:
+        return toy.ToyTrainer(self.recipe.improve)
+
+    def fingerprint(self, model: str) -> str:
+        return toy.fingerprint(model)

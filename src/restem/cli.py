@@ -1,0 +1,227 @@
+"""The command line: each command is parsing, one call, printing. Results go to stdout, talk and progress to stderr.
+
+Exit codes: 0, 1 an error that you can mend, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from restem import __version__
+from restem.errors import RestemError
+
+app = typer.Typer(
+    name="restem",
+    help="Make a language model better at problems whose answers can be checked, with its own checked answers (ReST^EM).",
+    epilog="Begin with: restem run arithmetic --out runs/first",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one key of the recipe, for example generate.samples=16. Repeatable."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"restem {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or a built-in recipe: restem list recipes.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/NAME-OF-RECIPE.")] = None,
+    set_: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped; starts it if there is none.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and load nothing heavy.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Run ReST^EM: sample, grade, select, improve, repeat. Leaves a model, its data set, scores and a report."""
+    from restem.config import load_recipe
+    from restem.show import announce, result_table
+
+    loaded = load_recipe(recipe, set_ or [])
+    out = out or Path("runs") / Path(recipe).stem
+    command = shlex.join(["restem", "run", recipe, *[part for s in set_ or [] for part in ("--set", s)]])
+    if dry_run:
+        from restem.run import task_of
+
+        typer.echo(announce(loaded, task_of(loaded), out))
+        return
+    from restem.algorithm import rest_em
+    from restem.files import read_json
+    from restem.run import Run
+
+    with Run(loaded, out, resume=resume, command=command) as opened:
+        opened.talk.say(announce(loaded, opened.task, out))
+        rest_em(opened)
+    result = read_json(out / "result.json")
+    typer.echo(json.dumps(result) if json_ else result_table(result, out))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help='A model directory, a hub id, "embedded" or "toy".')],
+    task: Annotated[str, typer.Option(help="A task by name, or a file of your own problems.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first LIMIT test problems.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with one folder per set; default: the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the samples here.")] = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Score a model on a task's test problems: greedy pass@1, sampled pass@K, with intervals."""
+    import tempfile
+
+    from restem.algorithm import rest_em
+    from restem.config import load_recipe
+    from restem.files import read_json
+    from restem.run import Run
+    from restem.show import scores_table
+
+    settings: dict[str, Any] = {"iterations": 0, "model": {"base": model}, "task": {"name": task, "train": 1, "val": 1}}
+    settings["task"] |= {key: value for key, value in {"data": data, "test": limit}.items() if value is not None}
+    settings["improve"] = {"val_samples": 1}
+    settings["evaluate"] = {"train_samples": 1}
+    loaded = load_recipe(settings, set_ or [])
+    with tempfile.TemporaryDirectory(prefix="restem-") as temporary:
+        where = out or Path(temporary) / "run"
+        with Run(loaded, where, resume=True, command=f"restem evaluate {model} --task {task}") as opened:
+            rest_em(opened)
+            name = opened.task.name
+        scores = read_json(where / "iter-00" / "eval" / name / "scores.json")
+    typer.echo(json.dumps(scores) if json_ else scores_table(scores))
+
+
+@app.command()
+def check(
+    task_or_recipe: Annotated[str, typer.Argument(help="A task by name, a file of your own problems, or a recipe.")],
+    data: Annotated[str | None, typer.Option(help="Folder with one folder per set; default: the hub.")] = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Pre-flight: grade every reference against itself, and show that the splits do not overlap."""
+    from restem.config import load_recipe, recipe_files
+    from restem.preflight import check as check_task
+    from restem.run import task_of
+    from restem.show import check_text
+    from restem.tasks import names
+
+    is_task = task_or_recipe in names() or (not task_or_recipe.endswith(".toml") and task_or_recipe not in recipe_files())
+    source: Any = {"task": {"name": task_or_recipe, **({"data": data} if data else {})}} if is_task else task_or_recipe
+    report = check_task(task_of(load_recipe(source, set_ or []))).as_dict()
+    typer.echo(json.dumps(report) if json_ else check_text(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write the report of a run again: one self-contained HTML file."""
+    from restem.report import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run (its accepted model) or a folder eval/NAME of one.")],
+    second: Annotated[Path, typer.Argument(help="The same, compared with the first.")],
+    json_: JsonOption = False,
+) -> None:
+    """Compare two models on the same test problems, paired, with an interval."""
+    from restem.show import compare_runs
+
+    found = compare_runs(first, second)
+    typer.echo(json.dumps(found) if json_ else f"{second} against {first}, greedy pass@1 on {found['task']}: {found['words']}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    directory: Annotated[Path, typer.Argument(help="Where to; must not exist or be empty.")],
+) -> None:
+    """Copy a run's accepted model and the data set that made it, with their cards, to a directory of their own."""
+    from restem.export import export_run
+
+    typer.echo(export_run(run, directory))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="tasks, recipes, samplers, trainers, verifiers, models or keys.")],
+) -> None:
+    """List what a recipe may name."""
+    from restem.show import listing
+
+    typer.echo(listing(what))
+
+
+@app.command()
+def doctor(json_: JsonOption = False) -> None:
+    """Say what this machine has: devices, number formats, versions, extras."""
+    from restem.show import machine, machine_text
+
+    facts = machine()
+    typer.echo(json.dumps(facts) if json_ else machine_text(facts))
+
+
+def main() -> NoReturn:
+    """The console script. Turns what a user can mend into one message and an exit code."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; what was finished is kept. Go on with the same command and --resume.")
+        code = 130
+    except RestemError as error:
+        _complain(str(error))
+        code = 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, as click reports it
+            error.show()
+            code = error.exit_code
+        elif is_disk_full(error):
+            _complain(f"the disk is full ({error}). Free some space, then go on with the same command and --resume.")
+            code = 1
+        else:
+            raise
+    sys.exit(code)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that nothing more can be written: from Python, or in words from a library."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(words in str(error) for words in ("No space left on device", "Disk quota exceeded", "File too large"))
+
+
+def _complain(text: str) -> None:
+    print(f"restem: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Drawing and grading the samples of one stage: the E-step, D_val, and every evaluation are stages.
+
+The unit of work is the shard: some problems x N samples, one Parquet part of samples and one of grades. Resume is arithmetic:
+owed = wanted - parts present. The sampler streams across shard borders; grading runs beside it in worker processes, whose full
+queue holds the sampler back. Samples and grades are separate parts, so a mended verifier can replay over old samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from restem.errors import RestemError
+from restem.files import read_metadata, read_rows, write_rows
+from restem.sampling import Decoding, Owed, Sampler
+from restem.types import Grade, Problem, Sample
+from restem.verifiers.pool import VerifierPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What to draw, and where it goes."""
+
+    directory: Path
+    """Holds samples/part-*.parquet and grades/part-*.parquet."""
+    problems: Sequence[Problem]
+    samples: int
+    """Per problem (N)."""
+    decoding: Decoding
+    stream: str
+    """Source of randomness: names the run's seed, the iteration and the stage."""
+    model: str
+    """Fingerprint of the sampled model; parts drawn from another one are refused."""
+    shard_problems: int
+
+    def shards(self) -> list[Sequence[Problem]]:
+        step = self.shard_problems
+        return [self.problems[start : start + step] for start in range(0, len(self.problems), step)]
+
+    def samples_part(self, shard: int) -> Path:
+        return self.directory / "samples" / f"part-{shard:05d}.parquet"
+
+    def grades_part(self, shard: int) -> Path:
+        return self.directory / "grades" / f"part-{shard:05d}.parquet"
+
+    def is_complete(self) -> bool:
+        return all(self.grades_part(shard).exists() for shard in range(len(self.shards())))
+
+
+class Watch(Protocol):
+    """Told how a stage gets on; parts of an earlier try first. Grades may come from another thread."""
+
+    def drawn(self, sample: Sample) -> None: ...
+    def graded(self, sample: Sample) -> None: ...
+
+
+def draw(stage: Stage, open_sampler: Callable[[], Sampler], pool: VerifierPool, watch: Watch) -> list[Sample]:
+    """Draw and grade what is owed of a stage; return all its graded samples, in order of problem and index.
+
+    `open_sampler` is called only if something is owed.
+    """
+    shards = stage.shards()
+    work = {number: _Shard(stage, number, shard, pool, watch) for number, shard in enumerate(shards)}
+    owed = [item for number in work for item in work[number].owed()]
+    home = {problem.id: number for number, shard in enumerate(shards) for problem in shard}
+    if owed:
+        for sample in open_sampler().sample(stage.problems, owed, stage.decoding, stream=stage.stream):
+            work[home[sample.problem_id]].add(sample)
+            for shard in work.values():
+                shard.write_if_graded()
+    for shard in work.values():
+        shard.finish()
+    return read_stage(stage.directory)
+
+
+class _Shard:
+    """The progress of one shard: drawn, grading, written."""
+
+    def __init__(self, stage: Stage, number: int, problems: Sequence[Problem], pool: VerifierPool, watch: Watch) -> None:
+        self.stage, self.number, self.pool, self.watch = stage, number, pool, watch
+        self.problems = {problem.id: problem for problem in problems}
+        self.wanted = {Owed(problem.id, index) for problem in problems for index in range(stage.samples)}
+        self.samples: dict[Owed, Sample] = {}
+        self.grades: dict[Owed, Future[Grade]] = {}
+        self.done = stage.grades_part(number).exists()
+        part = stage.samples_part(number)
+        if part.exists():
+            self._check(part)
+            for row in read_rows(part):
+                self._start_grading(_sample(row))
+            if self.samples.keys() != self.wanted:
+                raise RestemError(
+                    f"{part} does not hold the samples of this run ({len(self.samples)} of {len(self.wanted)} fit). "
+                    "Delete it to have them drawn again."
+                )
+        if self.done:
+            for sample in read_part(stage.directory, number):
+                watch.graded(sample)
+
+    def owed(self) -> list[Owed]:
+        """In the problems' order: a problem's samples stand together."""
+        return sorted(self.wanted - self.samples.keys(), key=self._order())
+
+    def add(self, sample: Sample) -> None:
+        self._start_grading(sample)
+        if len(self.samples) == len(self.wanted):
+            rows = [_row(self.samples[key]) for key in sorted(self.samples, key=self._order())]
+            metadata = {"stream": self.stage.stream, "model": self.stage.model}
+            write_rows(self.stage.samples_part(self.number), rows, _sample_schema(), metadata)
+
+    def write_if_graded(self) -> None:
+        if not self.done and len(self.grades) == len(self.wanted) and all(f.done() for f in self.grades.values()):
+            self._write_grades()
+
+    def finish(self) -> None:
+        if not self.done:
+            assert len(self.grades) == len(self.wanted), "a sampler yields every owed sample"
+            self._write_grades()
+
+    def _write_grades(self) -> None:
+        rows = []
+        for key in sorted(self.grades, key=self._order()):
+            grade = self.grades[key].result()
+            rows.append({**key._asdict(), **{name: getattr(grade, name) for name in _GRADE_FIELDS}})
+        write_rows(self.stage.grades_part(self.number), rows, _grade_schema())
+        self.done = True
+        self.grades = {}
+
+    def _start_grading(self, sample: Sample) -> None:
+        key = Owed(sample.problem_id, sample.index)
+        assert key in self.wanted and key not in self.samples, f"{key} is not owed"
+        self.samples[key] = sample
+        self.watch.drawn(sample)
+        if not self.done:
+            future = grade(self.pool, self.problems[sample.problem_id], sample)
+            future.add_done_callback(lambda done: self._tell(sample, done))
+            self.grades[key] = future
+
+    def _tell(self, sample: Sample, done: Future[Grade]) -> None:
+        if not done.cancelled() and not done.exception():
+            self.watch.graded(_graded(sample, done.result()))
+
+    def _order(self) -> Callable[[Owed], tuple[int, int]]:
+        place = {name: number for number, name in enumerate(self.problems)}
+        return lambda key: (place[key.problem_id], key.index)
+
+    def _check(self, part: Path) -> None:
+        found = read_metadata(part)
+        for key, wanted in (("stream", self.stage.stream), ("model", self.stage.model)):
+            if found.get(key) != wanted:
+                raise RestemError(
+                    f"{part} was drawn with another {key} ({found.get(key)}) than this run's ({wanted}). "
+                    "Use another --out, or delete the part to have it drawn again."
+                )
+
+
+def grade(pool: VerifierPool, problem: Problem, sample: Sample) -> Future[Grade]:
+    """Grade in a worker. A sample that was cut off is never correct, whatever it says."""
+    if sample.finish == "length":
+        future: Future[Grade] = Future()
+        future.set_result(Grade(reward=0.0, reason="truncated"))
+        return future
+    return pool.submit(problem, sample.text)
+
+
+def read_stage(directory: Path) -> list[Sample]:
+    """All graded samples of a stage, in order of its parts."""
+    count = len(list((directory / "grades").glob("part-*.parquet")))
+    return [sample for number in range(count) for sample in read_part(directory, number)]
+
+
+def read_part(directory: Path, number: int) -> Iterator[Sample]:
+    """The graded samples of one part; joined by identity, never by position."""
+    name = f"part-{number:05d}.parquet"
+    grades = {(row["problem_id"], row["index"]): row for row in read_rows(directory / "grades" / name)}
+    for row in read_rows(directory / "samples" / name):
+        found = grades[row["problem_id"], row["index"]]
+        yield replace(_sample(row), **{name: found[name] for name in _GRADE_FIELDS})
+
+
+_GRADE_FIELDS = ("reward", "answer", "reason", "note")
+
+
+def _graded(sample: Sample, grade: Grade) -> Sample:
+    return replace(sample, **{name: getattr(grade, name) for name in _GRADE_FIELDS})
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    names = ("problem_id", "index", "text", "finish", "logprob")
+    return {**{name: getattr(sample, name) for name in names}, "token_ids": list(sample.token_ids)}
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    return Sample(**{**row, "token_ids": tuple(row["token_ids"])})
+
+
+def _sample_schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "problem_id": pa.string(),
+            "index": pa.int32(),
+            "token_ids": pa.list_(pa.int32()),
+            "text": pa.string(),
+            "finish": pa.string(),
+            "logprob": pa.float64(),
+        }
+    )
+
+
+def _grade_schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "problem_id": pa.string(),
+            "index": pa.int32(),
+            "reward": pa.float64(),
+            "answer": pa.string(),
+            "reason": pa.string(),
+            "note": pa.string(),
+        }
+    )

@@ -1,0 +1,117 @@
+"""Judging a model on problems: greedy pass@1, sampled pass@K, intervals and counts, all computed from stages of samples.
+
+pass@1 is greedy over all problems and pass@K from samples at T 1.0 and top-p 0.95 (paper, sections 5 and 5.2). The one thing a
+newcomer would get wrong: a problem whose samples could not be graded is left out of n and counted, never scored 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from restem.config import EvaluateConfig
+from restem.sampling import Decoding
+from restem.statistics import Interval, PairedTest, describe, interval, paired_test, pass_at_k
+from restem.types import Problem, Sample
+
+
+def greedy(decoding: Decoding) -> Decoding:
+    """The decoding of test pass@1: the likeliest token, with the lengths and stops of another decoding."""
+    return Decoding(temperature=0.0, max_tokens=decoding.max_tokens, stop=decoding.stop)
+
+
+def sampled(decoding: Decoding, settings: EvaluateConfig) -> Decoding:
+    """The decoding of pass@K."""
+    return Decoding(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=decoding.max_tokens,
+        stop=decoding.stop,
+    )
+
+
+def samples_for(settings: EvaluateConfig) -> int:
+    """Samples per problem that pass@K needs."""
+    return max(settings.samples or 0, *settings.k)
+
+
+def rewards_by_problem(samples: Iterable[Sample]) -> dict[str, list[float]]:
+    """The rewards of the samples that could be graded; a problem with none is absent."""
+    rewards: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.reward is not None:
+            rewards.setdefault(sample.problem_id, []).append(sample.reward)
+    return rewards
+
+
+def mean_reward(samples: Iterable[Sample]) -> Interval:
+    """Mean over problems of the mean reward, with its interval (problems are the clusters)."""
+    return interval([sum(rewards) / len(rewards) for rewards in rewards_by_problem(samples).values()])
+
+
+def pass_at(samples: Iterable[Sample], k: int) -> Interval:
+    """Mean over problems of the unbiased pass@k; problems with fewer than k graded samples are left out of n."""
+    return interval(
+        [
+            pass_at_k(len(rewards), sum(reward > 0 for reward in rewards), k)
+            for rewards in rewards_by_problem(samples).values()
+            if len(rewards) >= k
+        ]
+    )
+
+
+def score(
+    *,
+    model: str,
+    task: str,
+    split: str,
+    greedy_samples: Sequence[Sample],
+    sampled_samples: Sequence[Sample],
+    decoding: Mapping[str, Decoding],
+    ks: Sequence[int],
+) -> dict[str, Any]:
+    """The content of scores.json. pass@1 never stands without pass@K."""
+    metrics = {"pass@1": as_dict(pass_at(greedy_samples, 1)), "pass@1 sampled": as_dict(pass_at(sampled_samples, 1))}
+    for k in sorted(set(ks) - {1}):
+        metrics[f"pass@{k}"] = as_dict(pass_at(sampled_samples, k))
+    counts = Counter(sample.reason for sample in greedy_samples)
+    return {
+        "model": model,
+        "task": task,
+        "split": split,
+        "n": len({sample.problem_id for sample in greedy_samples}),
+        "decoding": {name: value.describe() for name, value in decoding.items()},
+        "metrics": metrics,
+        "counts": {str(reason): count for reason, count in sorted(counts.items(), key=lambda item: str(item[0]))},
+    }
+
+
+def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]:
+    """Paired comparison of two models' mean rewards on the problems that both were graded on."""
+    one, two = rewards_by_problem(before), rewards_by_problem(after)
+    both = [problem for problem in one if problem in two]
+    test = paired_test([_mean(one[p]) for p in both], [_mean(two[p]) for p in both])
+    return {**_paired(test), "words": describe(test)}
+
+
+def by_group(problems: Sequence[Problem], samples: Iterable[Sample], key: str) -> dict[str, Interval]:
+    """Mean reward by a field of the problems' meta: level, subject, steps."""
+    rewards = rewards_by_problem(samples)
+    groups: dict[str, list[float]] = {}
+    for problem in problems:
+        if key in problem.meta and problem.id in rewards:
+            groups.setdefault(str(problem.meta[key]), []).append(_mean(rewards[problem.id]))
+    return {name: interval(values) for name, values in sorted(groups.items())}
+
+
+def as_dict(value: Interval) -> dict[str, Any]:
+    return {"value": value.value, "low": value.low, "high": value.high, "n": value.n}
+
+
+def _paired(test: PairedTest) -> dict[str, Any]:
+    return dict(test._asdict())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,180 @@
+"""Models as directories: find one by name, load it, say which weights it holds.
+
+A model is named by a string: "embedded", a local directory, or a hub id. `fingerprint` is the identity of its weights; the
+promises "Improve starts from the base" and "the sampler is the last winner" are checked with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from restem.errors import MissingExtra, RestemError
+
+if TYPE_CHECKING:
+    from restem.prompts import Renderer
+
+
+def locate(name: str, *, say: Callable[[str], None] | None = None) -> str:
+    """The local directory of a model; fetches the embedded model or a hub model into the user's cache first."""
+    if name == "embedded":
+        from restem.embedded import embedded_model
+
+        return str(embedded_model(progress=say))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RestemError(
+                f"the model directory {path} has no config.json, so it is no Hugging Face model directory. "
+                "Give the folder that save_pretrained wrote."
+            )
+        return str(path.resolve())
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise RestemError(
+            f'there is no model "{name}": no such directory. '
+            'Give a local directory, a hub id such as "HuggingFaceTB/SmolLM2-135M", "embedded" or "toy".'
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> str:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "hub", "Loading a model from the hub") from None
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+        return str(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's own errors are many; each means that there is no model to run
+        raise RestemError(
+            f'the model "{name}" is neither a local directory nor could it be fetched from the hub '
+            f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the name and the connection, "
+            'or give a local directory or "embedded" as model.base.'
+        ) from None
+
+
+def load_model(path: str, *, dtype: Any, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+    """Load the weights (safetensors only) of a causal language model onto a device, ready for inference."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RestemError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise RestemError(f"the tokenizer in {path} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path, *, dtype: Any) -> None:
+    """Write an ordinary Hugging Face model directory, weights in `dtype`."""
+    state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    before = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        model.config.dtype = before
+    tokenizer.save_pretrained(directory)
+
+
+def storage_dtype(path: str) -> Any:
+    """The number format in which a model directory stores its weights; float32 where it does not say."""
+    import torch
+
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name), torch.float32)
+
+
+def fingerprint(path: str) -> str:
+    """Hash of the names and values of a model directory's weights: 16 hexadecimal digits.
+
+    Values are compared as float32, so that a bfloat16 model and its exact float32 copy agree.
+    """
+    from safetensors import safe_open
+
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise RestemError(f"the model directory {path} holds no .safetensors file; restem loads no other format")
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            where.update(dict.fromkeys(handle.keys(), file))
+    handles: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in files}
+    return fingerprint_tensors((name, handles[where[name]].get_tensor(name)) for name in sorted(where))
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, Any]]) -> str:
+    """The same hash, of (name, tensor) pairs sorted by name."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(memoryview(tensor.detach().float().contiguous().cpu().numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
+    """Every token that ends a completion: the tokenizer's end token and those of the model's generation settings."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = more if isinstance(more, list) else [] if more is None else [more]
+    return frozenset([renderer.end_id, *more])
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raise RestemError for a model whose attention the tree does not compute; better than a wrong answer."""
+    text = config.get_text_config()
+    reasons = []
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append("it is an encoder-decoder")
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        reasons.append(f"its layers are of the kinds {', '.join(sorted(kinds))}")
+    elif getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        reasons.append(f"its attention has a sliding window of {text.sliding_window} tokens")
+    if getattr(text, "attn_logit_softcapping", None) or getattr(text, "final_logit_softcapping", None):
+        reasons.append("it caps its logits")
+    if reasons:
+        raise RestemError(f"the tree cannot serve this {config.model_type} model: {'; '.join(reasons)}.")
+
+
+def compute_dtype(choice: str, device: str) -> Any:
+    """The number format for "auto": bfloat16 where the device multiplies in it natively, else float32."""
+    import torch
+
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def pick_device(choice: str) -> str:
+    """The device for "auto": CUDA, else Apple's MPS, else the CPU."""
+    import torch
+
+    if choice != "auto":
+        try:
+            torch.empty(1, device=choice)
+        except (RuntimeError, AssertionError) as error:
+            raise RestemError(f'model.device = "{choice}" cannot be used here: {str(error).splitlines()[0]}') from None
+        return choice
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,422 @@
+"""One run: everything that Algorithm 1 needs and that is not in it. Resume, files, logging and placement live here.
+
+Each method is one line of `restem.algorithm`, and does only what its files do not hold yet: a resumed run walks through the
+same algorithm and finds most of it done. A method's result is a function of the recipe and of what its files hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from restem import evaluation
+from restem.backends import open_backend, prompt_of
+from restem.config import Recipe
+from restem.errors import RestemError
+from restem.estep import Stage, draw
+from restem.files import finish_directory, read_json, remove_directory, write_json, write_rows
+from restem.progress import Talk
+from restem.rundir import RunDirectory
+from restem.sampling import Decoding
+from restem.selection import select
+from restem.statistics import Interval
+from restem.summary import summarise
+from restem.tasks import Task, load_task
+from restem.training import Interval as TrainingInterval
+from restem.types import Example, Problem, Sample
+from restem.verifiers.pool import VerifierPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A model with its reward on D_val."""
+
+    model: str
+    """Its directory."""
+    fingerprint: str
+    """Hash of its weights."""
+    reward: float
+    """Mean over D_val problems of the mean reward of their samples."""
+    low: float
+    high: float
+    n: int
+    """D_val problems behind the reward."""
+    iteration: int = 0
+    interval: int = 0
+    """Evaluation interval of the M-step; 0 = candidate 0, not trained in this iteration."""
+
+
+class Run:
+    """An open run directory with a recipe; a context manager. Hand it to `restem.rest_em`.
+
+    `resume`: go on with what `out` holds; a missing or empty directory is started. `command`: what a user types to start this
+    run, without --out, for messages. Raises RestemError for whatever a user can mend.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        quiet: bool = False,
+        command: str | None = None,
+        task: Task | None = None,
+    ) -> None:
+        self.recipe, self.path = recipe, Path(out)
+        self.command = command or "restem run RECIPE.toml"
+        self.task = task or task_of(recipe)
+        self.prompt = prompt_of(recipe, self.task)
+        self.directory = RunDirectory.open(self.path, resume=resume, command=self.command)
+        self.talk = Talk(self.path / "log.txt", quiet=quiet)
+        try:
+            self.backend = open_backend(recipe, self.prompt, self.path, self.talk.say)
+            self.base = self.backend.base
+            facts = {"base": self.base, "base_fingerprint": self.backend.fingerprint(self.base), **self.backend.facts}
+            if self.directory.is_new:
+                self.directory.create(recipe, self.task, facts)
+            else:
+                self.directory.refuse_drift(recipe, self.task, facts, self.command)
+                self.talk.say(f"resuming {self.path}")
+            engine = recipe.engine
+            self._pool = VerifierPool(self.task.verifier_spec, workers=engine.grade_workers, seconds=engine.grade_seconds)
+        except BaseException:
+            self.directory.close()
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.close(cancel=kind is not None)
+        self.directory.close()
+
+    @property
+    def iterations(self) -> range:
+        return range(1, self.recipe.iterations + 1)
+
+    @property
+    def decoding(self) -> Decoding:
+        """The decoding of the E-step."""
+        g = self.recipe.generate
+        return Decoding(
+            temperature=g.temperature,
+            top_k=g.top_k,
+            top_p=g.top_p,
+            min_p=g.min_p,
+            max_tokens=g.max_tokens or self.task.max_tokens,
+            stop=g.stop if g.stop is not None else self.backend.stop,
+        )
+
+    @property
+    def samples_per_problem(self) -> int:
+        return self.recipe.generate.samples or self.task.samples
+
+    def at(self, iteration: int) -> Path:
+        return self.path / f"iter-{iteration:02d}"
+
+    # --- the lines of Algorithm 1 ------------------------------------------------------------------------------------------
+
+    def start(self, model: str) -> Candidate:
+        """A model as candidate 0: not trained, with its reward on D_val."""
+        return self._validated(model, self.at(0) / "val", iteration=0, interval=0)
+
+    def generate(self, policy: Candidate, iteration: int) -> list[Sample]:
+        """The E-step: N samples of the policy for every training problem, graded."""
+        return self._draw(
+            f"iteration {iteration}: generate",
+            self.at(iteration),
+            self.task.train,
+            self.samples_per_problem,
+            self.decoding,
+            f"iteration {iteration}",
+            policy,
+        )
+
+    def select(self, samples: Sequence[Sample], iteration: int) -> tuple[Example, ...]:
+        """D_i: written to examples.parquet, with what became of every sample in selection.json."""
+        stream = f"{self.recipe.seed}/iteration {iteration}/select"
+        selection = select(self.task.train, samples, self.backend.renderer, self.recipe.select, stream=stream)
+        rows = [
+            {
+                "problem_id": e.problem_id,
+                "index": e.index,
+                "weight": e.weight,
+                "prompt_ids": list(e.prompt_ids),
+                "completion_ids": list(e.completion_ids),
+            }
+            for e in selection.examples
+        ]
+        is_new = not (self.at(iteration) / "selection.json").is_file()
+        write_rows(self.at(iteration) / "examples.parquet", rows, _example_schema())
+        write_json(self.at(iteration) / "selection.json", selection.as_dict())
+        if is_new:
+            self.talk.say(
+                f"iteration {iteration}: kept {len(rows)} solutions of {selection.covered} problems "
+                f"({selection.coverage:.0%} of {selection.problems} covered)"
+            )
+        if not rows:
+            cut = selection.counts.get("truncated", 0) / max(1, sum(selection.counts.values()))
+            self.talk.warn(
+                f"iteration {iteration} kept 0 of {sum(selection.counts.values())} samples; the model it starts from is carried "
+                f"forward unchanged. Read {self.at(iteration)}/samples, check the verifier with `restem check`, raise "
+                f"generate.samples, or raise generate.max_tokens ({cut:.0%} of the samples were cut off)."
+            )
+        return selection.examples
+
+    def train(self, start: Candidate, examples: Sequence[Example], iteration: int) -> Iterator[TrainingInterval]:
+        """The gradient steps of the M-step: a model after every interval. None if D_i is empty or the step is done."""
+        if not examples or self._kept(iteration) is not None:
+            return
+        folder = self.at(iteration) / "improve"
+        write_json(folder / "start.json", {"model": self._relative(start.model), "fingerprint": start.fingerprint})
+        stream = f"{self.recipe.seed}/iteration {iteration}/improve"
+        name = f"iteration {iteration}: improve"
+        with self.talk.stage(name, 1) as watch:
+            trainer = self.backend.open_trainer(watch.step)
+            for interval in trainer.train(start.model, examples, folder, stream=stream):
+                self._record(iteration, interval)
+                yield interval
+
+    def validate(self, interval: TrainingInterval, iteration: int) -> Candidate:
+        """The reward of an interval's model on D_val."""
+        folder = self.at(iteration) / "improve" / f"interval-{interval.number}" / "val"
+        return self._validated(interval.model, folder, iteration=iteration, interval=interval.number)
+
+    def keep(self, best: Candidate, iteration: int) -> Candidate:
+        """End the M-step: the winner's model moves to iter-NN/model, the others are deleted."""
+        kept = self._kept(iteration)
+        if kept is None:
+            if best.interval:
+                target = self.at(iteration) / "model"
+                if Path(best.model).is_dir():
+                    Path(best.model).replace(target)
+                best = replace(best, model=str(target))
+            write_json(self.at(iteration) / "iteration.json", self._as_dict(best))
+            kept = best
+            self.talk.say(f"iteration {iteration}: {_verdict(best)}")
+        for folder in sorted((self.at(iteration) / "improve").glob("*")):
+            if folder.name.startswith("state-"):
+                remove_directory(folder)
+            remove_directory(folder / "model")
+        return kept
+
+    def evaluate(self, policy: Candidate, iteration: int) -> None:
+        """Test problems: greedy pass@1 and sampled pass@K. The same weights are never evaluated twice."""
+        last = iteration == self.recipe.iterations
+        if last:
+            self._train_accuracy(policy, iteration)
+        if not (self.recipe.evaluate.every or last or iteration == 0):
+            return
+        folder = self.at(iteration) / "eval" / self.task.name
+        if (folder / "scores.json").is_file():
+            return
+        settings, decoding = self.recipe.evaluate, {}
+        known = self._evaluation_of(policy)
+        if known is not None:
+            self._copy_evaluation(known, folder)
+            return
+        decoding = {
+            "greedy": evaluation.greedy(self.decoding),
+            "sampled": evaluation.sampled(self.decoding, settings),
+        }
+        problems = {"greedy": self.task.test, "sampled": self.task.test[: settings.problems]}
+        count = {"greedy": 1, "sampled": evaluation.samples_for(settings)}
+        drawn = {
+            how: self._draw(
+                f"iteration {iteration}: test, {how}",
+                folder / how,
+                problems[how],
+                count[how],
+                decoding[how],
+                f"test {self.task.name} {how}",
+                policy,
+            )
+            for how in decoding
+        }
+        scores = evaluation.score(
+            model=self._relative(policy.model),
+            task=self.task.name,
+            split="test",
+            greedy_samples=drawn["greedy"],
+            sampled_samples=drawn["sampled"],
+            decoding=decoding,
+            ks=settings.k,
+        )
+        write_json(folder / "scores.json", {**scores, "fingerprint": policy.fingerprint})
+
+    def finish(self, accepted: Candidate) -> Candidate:
+        """End the run: result.json and the report. The accepted policy is the run's model."""
+        summary = summarise(self.path, self.recipe)
+        result = {**summary, "model": self._relative(accepted.model), "accepted": self._as_dict(accepted)}
+        write_json(self.path / "result.json", result)
+        for warning in summary["warnings"]:
+            self.talk.warn(warning)
+        from restem.report import write_report
+
+        write_report(self.path)
+        return accepted
+
+    # --- behind them ----------------------------------------------------------------------------------------------------------
+
+    def _draw(
+        self,
+        name: str,
+        directory: Path,
+        problems: Sequence[Problem],
+        samples: int,
+        decoding: Decoding,
+        stream: str,
+        policy: Candidate,
+    ) -> list[Sample]:
+        stage = Stage(
+            directory=directory,
+            problems=problems,
+            samples=samples,
+            decoding=decoding,
+            stream=f"{self.recipe.seed}/{stream}",
+            model=policy.fingerprint,
+            shard_problems=max(1, self.recipe.engine.shard_samples // samples),
+        )
+        with self.talk.stage(name, len(problems) * samples) as watch:
+            present = [s for s in range(len(stage.shards())) if stage.samples_part(s).exists()]
+            watch.resumed(sum(len(stage.shards()[shard]) * samples for shard in present))
+            found = self.backend.fingerprint(policy.model) if not stage.is_complete() else policy.fingerprint
+            assert found == policy.fingerprint, "the sampled weights are the policy's"
+            return draw(stage, lambda: self.backend.open_sampler(policy.model), self._pool, watch)
+
+    def _validated(self, model: str, folder: Path, *, iteration: int, interval: int) -> Candidate:
+        file = folder / "candidate.json"
+        if file.is_file():
+            return self._candidate(read_json(file))
+        unknown = Candidate(
+            model=model,
+            fingerprint=self.backend.fingerprint(model),
+            reward=float("nan"),
+            low=float("nan"),
+            high=float("nan"),
+            n=0,
+            iteration=iteration,
+            interval=interval,
+        )
+        decoding = replace(self.decoding, temperature=self.recipe.improve.val_temperature)
+        which = f"interval {interval}, D_val" if interval else "D_val"
+        samples = self._draw(
+            f"iteration {iteration}: {which}",
+            folder,
+            self.task.val,
+            self.recipe.improve.val_samples,
+            decoding,
+            "val",  # the same for all candidates: common random numbers
+            unknown,
+        )
+        reward: Interval = evaluation.mean_reward(samples)
+        if not reward.n:
+            raise RestemError(
+                f"none of the {len(self.task.val)} D_val problems could be graded, so no improvement could be seen. "
+                "Check the verifier and the references with `restem check`."
+            )
+        candidate = replace(unknown, reward=reward.value, low=reward.low, high=reward.high, n=reward.n)
+        write_json(file, self._as_dict(candidate))
+        self.talk.say(f"{'':<28} D_val reward {reward.value:.3f} [{reward.low:.3f}, {reward.high:.3f}], n = {reward.n}")
+        return candidate
+
+    def _train_accuracy(self, policy: Candidate, iteration: int) -> None:
+        """Earlier policies' train accuracy comes from the E-step that follows them; the last one has none."""
+        self._draw(
+            f"iteration {iteration}: train accuracy",
+            self.at(iteration) / "train",
+            self.task.train,
+            self.recipe.evaluate.train_samples,
+            self.decoding,
+            "train accuracy",
+            policy,
+        )
+
+    def _kept(self, iteration: int) -> Candidate | None:
+        file = self.at(iteration) / "iteration.json"
+        return self._candidate(read_json(file)) if file.is_file() else None
+
+    def _evaluation_of(self, policy: Candidate) -> Path | None:
+        for file in sorted(self.path.glob(f"iter-*/eval/{self.task.name}/scores.json")):
+            if read_json(file)["fingerprint"] == policy.fingerprint:
+                return file.parent
+        return None
+
+    def _copy_evaluation(self, known: Path, folder: Path) -> None:
+        import shutil
+
+        with finish_directory(folder) as temporary:
+            shutil.copytree(known, temporary, dirs_exist_ok=True)
+
+    def _record(self, iteration: int, interval: TrainingInterval) -> None:
+        """One line of metrics.jsonl per interval; written once, however often the run is resumed."""
+        import json
+
+        file = self.path / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        if not any((line["iteration"], line["interval"]) == (iteration, interval.number) for line in lines):
+            when = time.strftime("%Y-%m-%d %H:%M:%S")
+            lines.append({"iteration": iteration, "interval": interval.number, "time": when, **interval.metrics})
+            from restem.files import write_text
+
+            write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _relative(self, model: str) -> str:
+        """Paths inside the run are kept relative to it, so that a run can be moved."""
+        path = Path(model)
+        return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else model
+
+    def _as_dict(self, candidate: Candidate) -> dict[str, Any]:
+        names = ("fingerprint", "reward", "low", "high", "n", "iteration", "interval")
+        return {"model": self._relative(candidate.model), **{name: getattr(candidate, name) for name in names}}
+
+    def _candidate(self, value: dict[str, Any]) -> Candidate:
+        inside = self.path / value["model"]
+        return Candidate(**{**value, "model": str(inside) if not Path(value["model"]).is_absolute() else value["model"]})
+
+
+def task_of(recipe: Recipe) -> Task:
+    """Load the task that a recipe names."""
+    t = recipe.task
+    task = load_task(
+        t.name,
+        data=t.data,
+        question=t.question,
+        answer=t.answer,
+        id=t.id,
+        verifier=t.verifier,
+        train=t.train,
+        val=t.val,
+        test=t.test,
+        seed=recipe.seed,
+        options=t.options,
+    )
+    for name, needed in (("train", recipe.iterations > 0), ("val", True), ("test", True)):
+        if needed and not getattr(task, name):
+            raise RestemError(f"the task {task.name} has no {name} problems, and a run needs some.")
+    return task
+
+
+def _verdict(best: Candidate) -> str:
+    if not best.interval:
+        return "no interval beat the start on D_val; it is carried forward unchanged"
+    return f"interval {best.interval} won with D_val reward {best.reward:.3f} [{best.low:.3f}, {best.high:.3f}]"
+
+
+def _example_schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "problem_id": pa.string(),
+            "index": pa.int32(),
+            "weight": pa.float64(),
+            "prompt_ids": pa.list_(pa.int32()),
+            "completion_ids": pa.list_(pa.int32()),
+        }
+    )

@@ -1,0 +1,78 @@
+"""From logits to a token: temperature, top-k, top-p, min-p, then the inverse of the cumulative distribution at a given number.
+
+No generator state: the caller brings one uniform number per row, so a row's token depends on its own logits and number alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from restem.sampling import Decoding
+
+_ROWS = 8  # rows per chunk of the full-vocabulary softmax: stays in the processor's cache
+_CANDIDATES = 1024
+
+
+def choose(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    """Pick one token per row; return (token ids, their log-probabilities under the untruncated model at temperature 1).
+
+    `uniform_R` holds numbers in [0, 1) as float64. Ties in the logits go to whichever candidate comes first.
+    """
+    normaliser_R = log_normaliser(logits_RV)
+    if decoding.temperature == 0:
+        token_R = logits_RV.argmax(-1)
+    elif 0 < decoding.top_k < logits_RV.shape[-1]:
+        value_RK, id_RK = logits_RV.topk(decoding.top_k, -1)
+        token_R = _pick(value_RK, id_RK, uniform_R, decoding, mass_R=None)
+    elif decoding.top_p < 1 or decoding.min_p > 0:
+        token_R = _choose_among_all(logits_RV, uniform_R, decoding)
+    else:
+        cumulative_RV = torch.softmax(logits_RV.float() / decoding.temperature, -1).double().cumsum_(-1)
+        token_R = _invert(cumulative_RV, uniform_R)
+    chosen_R = logits_RV.gather(-1, token_R[:, None])[:, 0].float()
+    return token_R, chosen_R - normaliser_R
+
+
+def log_normaliser(logits_RV: Tensor) -> Tensor:
+    """log sum exp over the vocabulary, in float32, without a float32 copy of all logits."""
+    parts = [chunk[:, 0].float() - torch.log_softmax(chunk, -1, dtype=torch.float32)[:, 0] for chunk in logits_RV.split(_ROWS)]
+    return torch.cat(parts)
+
+
+def _choose_among_all(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> Tensor:
+    """Top-p and min-p over the whole vocabulary. Sorting it is slow, and the nucleus is nearly always small: sort the
+    likeliest candidates, and the whole row only where they do not hold the nucleus."""
+    scaled_RV = logits_RV.float() / decoding.temperature
+    mass_R = torch.logsumexp(scaled_RV, -1)
+    value_RK, id_RK = scaled_RV.topk(min(_CANDIDATES, scaled_RV.shape[-1]), -1)
+    token_R = _pick(value_RK, id_RK, uniform_R, decoding, mass_R=mass_R)
+    held_R = (value_RK - mass_R[:, None]).exp().sum(-1)
+    beyond_R = held_R < decoding.top_p if decoding.top_p < 1 else torch.ones_like(held_R, dtype=torch.bool)
+    if decoding.min_p > 0:  # a last candidate below the floor means that all above it are here
+        beyond_R &= value_RK[:, -1] >= value_RK[:, 0] + torch.tensor(decoding.min_p).log()
+    for row in beyond_R.nonzero()[:, 0].tolist():
+        value_V, id_V = scaled_RV[row].sort(descending=True)
+        token_R[row] = _pick(value_V[None], id_V[None], uniform_R[row : row + 1], decoding, mass_R=mass_R[row : row + 1])[0]
+    return token_R
+
+
+def _pick(value_RK: Tensor, id_RK: Tensor, uniform_R: Tensor, decoding: Decoding, mass_R: Tensor | None) -> Tensor:
+    """Truncate sorted candidates by top-p and min-p and draw. `mass_R`: log of the total over which top-p counts, where that
+    is more than the candidates; the values are divided by the temperature already in that case."""
+    scaled_RK = value_RK.float() / decoding.temperature if mass_R is None else value_RK
+    total_R = torch.logsumexp(scaled_RK, -1) if mass_R is None else mass_R
+    probability_RK = (scaled_RK - total_R[:, None]).exp()
+    if decoding.top_p < 1:  # the smallest set that reaches top_p: drop what comes after it is reached
+        before_RK = probability_RK.cumsum(-1) - probability_RK
+        probability_RK = probability_RK.masked_fill(before_RK >= decoding.top_p, 0.0)
+    if decoding.min_p > 0:
+        probability_RK = probability_RK.masked_fill(probability_RK < decoding.min_p * probability_RK[:, :1], 0.0)
+    column_R = _invert(probability_RK.double().cumsum(-1), uniform_R)
+    return id_RK.gather(-1, column_R[:, None])[:, 0]
+
+
+def _invert(cumulative_RK: Tensor, uniform_R: Tensor) -> Tensor:
+    """The first column whose cumulative (unnormalised) probability exceeds the row's share u of the total."""
+    target_R1 = (uniform_R * cumulative_RK[:, -1])[:, None]
+    return torch.searchsorted(cumulative_RK, target_R1, right=True).clamp_(max=cumulative_RK.shape[-1] - 1)[:, 0]

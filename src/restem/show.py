@@ -1,0 +1,194 @@
+"""What the command line prints: tables and texts made of results, with every number beside its n or its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from restem.config import Recipe, describe_fields, recipe_files
+from restem.errors import RestemError
+from restem.files import read_json
+from restem.summary import form_and_substance
+from restem.tasks import Task
+
+
+def announce(recipe: Recipe, task: Task, out: Path) -> str:
+    """The first screen: what will run, how much of it, and where it goes."""
+    samples = recipe.generate.samples or task.samples
+    lines = [
+        f"restem: {recipe.model.base} on {task.name}, {recipe.iterations} iterations, seed {recipe.seed}, into {out}",
+        f"  problems: {len(task.train)} train, {len(task.val)} D_val, {len(task.test)} test",
+        f"  each iteration: {len(task.train)} x {samples} = {len(task.train) * samples} samples, "
+        f"at most {recipe.select.max_per_problem} correct ones a problem train the base model",
+    ]
+    return "\n".join([*lines, *(f"  {note}" for note in task.notes)])
+
+
+def result_table(result: dict[str, Any], out: Path) -> str:
+    """The last screen of a run: the table, the comparison with the base, where things are, what to try next."""
+    rows = result["iterations"]
+    ks = _sampled_names(rows)
+    header = [
+        "iteration",
+        "kept",
+        "coverage",
+        "train",
+        "D_val reward",
+        "test pass@1 (greedy)",
+        *(f"test {k}" for k in ks),
+    ]
+    cells = [_cells(row, ks) for row in rows]
+    text = [table(header, cells), "[low, high] are 95% intervals over n problems.", ""]
+    trained = [row for row in rows if row["paired"]]
+    for row in trained:
+        paired = row["paired"]
+        text.append(f"iteration {row['iteration']} against the base, greedy pass@1 on {paired['task']}: {paired['words']}")
+        text.append("  " + _form_text(rows[0], row, paired["task"]))
+    text += [f"warning: {words}" for words in result["warnings"]]
+    best = result["accepted"]["iteration"]
+    model = Path(result["model"]) if Path(result["model"]).is_absolute() else out / result["model"]
+    text += [
+        "",
+        f"model    {model}   (iteration {best}, D_val reward {result['accepted']['reward']:.3f})",
+        f"data     {out}/iter-*/examples.parquet",
+        f"report   {out}/report.html",
+        "",
+        "next:    " + f"restem export {out} DIR        the model and its data set, with cards",
+        f"         restem run RECIPE --set seed=1 --out {out}-seed1        is it more than luck?",
+        f"         restem run RECIPE --set task.name=mine.jsonl --out {out}-mine        your own problems",
+    ]
+    return "\n".join(text)
+
+
+def scores_table(scores: dict[str, Any]) -> str:
+    """One model's scores on one task."""
+    rows = [[name, percent(metric), str(metric["n"])] for name, metric in scores["metrics"].items()]
+    counts = ", ".join(f"{name} {count}" for name, count in scores["counts"].items())
+    title = f"{scores['model']} on {scores['task']} ({scores['split']})"
+    return f"{title}\n{table(['metric', 'value', 'n'], rows)}\ngreedy samples: {counts}"
+
+
+def check_text(report: dict[str, Any]) -> str:
+    """The outcome of a pre-flight in words."""
+    return str(report["text"])
+
+
+def compare_runs(first: Path, second: Path) -> dict[str, Any]:
+    """Paired comparison of two runs' accepted models, or of two evaluation folders."""
+    from restem.estep import read_stage
+    from restem.evaluation import compare
+
+    one, two = _evaluation_folder(first), _evaluation_folder(second)
+    return {"task": two.name, **compare(read_stage(one / "greedy"), read_stage(two / "greedy"))}
+
+
+def _evaluation_folder(path: Path) -> Path:
+    if (path / "scores.json").is_file():
+        return path
+    if not (path / "result.json").is_file():
+        raise RestemError(f"{path} is neither a finished run nor a folder with scores.json, such as RUN/iter-01/eval/TASK.")
+    result = read_json(path / "result.json")
+    found = sorted((path / f"iter-{result['accepted']['iteration']:02d}" / "eval").glob("*/scores.json"))
+    if not found:
+        raise RestemError(f"{path} has no test scores for its accepted model (evaluate.every was off).")
+    return found[0].parent
+
+
+def listing(what: str) -> str:
+    """What a recipe may name, one a line."""
+    from restem import sampling, tasks, training, verifiers
+
+    known = {
+        "tasks": lambda: tasks.names(),
+        "recipes": lambda: [f"{name:<20} {_first_comment(path)}" for name, path in recipe_files().items()],
+        "samplers": sampling.names,
+        "trainers": training.names,
+        "verifiers": verifiers.names,
+        "models": lambda: [
+            "embedded    SmolLM2-135M-Instruct, fetched once, no hub needed",
+            "toy         a table of probabilities: whole runs in seconds",
+            "toy:table   the same with a row for every problem",
+            "a local directory, or a hub id",
+        ],
+        "keys": lambda: [f"{key}\n    {' '.join(text.split())}" for key, text in describe_fields().items()],
+    }
+    if what not in known:
+        raise RestemError(f'there is no list of "{what}". There are: {", ".join(known)}.')
+    return "\n".join(known[what]())
+
+
+def machine() -> dict[str, Any]:
+    """What `restem doctor` says."""
+    import torch
+
+    from restem.models import compute_dtype, pick_device
+    from restem.rundir import hardware, versions
+
+    device = pick_device("auto")
+    extras = {"hub": "datasets", "lora": "peft", "ray": "ray", "vllm": "vllm", "openai": "openai", "lm-eval": "lm_eval"}
+    return {
+        "device": device,
+        "sampler dtype": str(compute_dtype("auto", device)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        **hardware(),
+        "extras": {name: find_spec(module) is not None for name, module in extras.items()},
+        "versions": versions(),
+        "sandbox": None,
+    }
+
+
+def machine_text(facts: dict[str, Any]) -> str:
+    lines = [f"{name:<14} {facts[name]}" for name in ("device", "sampler dtype", "threads", "cores", "system")]
+    lines.append(f"{'memory':<14} {facts['memory_bytes'] / 2**30:.1f} GiB")
+    lines += [
+        f"{'extra ' + name:<14} " + ("installed" if there else f'absent: pip install "restem[{name}]"')
+        for name, there in facts["extras"].items()
+    ]
+    lines.append(f"{'sandbox':<14} none yet: no task here runs programs")
+    return "\n".join([*lines, f"{'versions':<14} " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items())])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain columns, aligned; reads the same in a terminal, a log and a mail."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows])
+
+
+def percent(metric: dict[str, Any] | None) -> str:
+    """ "17.5% [14.1, 21.5]" """
+    if metric is None:
+        return "-"
+    return f"{metric['value']:.1%} [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
+
+
+def _cells(row: dict[str, Any], ks: Sequence[str]) -> list[str]:
+    metrics = next(iter(row["test"].values()))["metrics"] if row["test"] else {}
+    reward = row["val"]
+    return [
+        str(row["iteration"]) if row["trained"] or not row["iteration"] else f"{row['iteration']} (carried)",
+        "-" if row["kept"] is None else str(row["kept"]),
+        "-" if row["coverage"] is None else f"{row['coverage']:.0%}",
+        percent(row["train"]),
+        f"{reward['value']:.3f} [{reward['low']:.3f}, {reward['high']:.3f}] n {reward['n']}" if reward else "-",
+        f"{percent(metrics['pass@1'])} n {metrics['pass@1']['n']}" if metrics else "-",
+        *(f"{percent(metrics[k])} n {metrics[k]['n']}" if k in metrics else "-" for k in ks),
+    ]
+
+
+def _sampled_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    names = [name for row in rows for scores in row["test"].values() for name in scores["metrics"]]
+    return [name for name in dict.fromkeys(names) if name not in ("pass@1", "pass@1 sampled")]
+
+
+def _form_text(base: dict[str, Any], row: dict[str, Any], task: str) -> str:
+    before, after = (form_and_substance(r["test"][task]["counts"]) for r in (base, row))
+    return (
+        f"of {row['test'][task]['n']} greedy answers, not readable or cut off: {before['form']} -> {after['form']}; "
+        f"readable but wrong: {before['wrong']} -> {after['wrong']}; correct: {before['correct']} -> {after['correct']}"
+    )
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")

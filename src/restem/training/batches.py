@@ -1,0 +1,109 @@
+"""Which examples make up which optimiser step, and how steps become packed trees. No tensors here.
+
+A step takes whole problems, in a seeded order, until it holds `batch_size` examples: a problem's solutions share its tokens,
+and the order depends on nothing but the seed and the epoch, so that a resumed run continues it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from restem.config import ImproveConfig
+from restem.tree import Tree, shared_length
+from restem.types import Example
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The examples of one optimiser step."""
+
+    examples: tuple[Example, ...]
+    interval: int | None
+    """The number of the evaluation interval that ends with this step; None = none does."""
+
+
+def plan_steps(examples: Sequence[Example], settings: ImproveConfig, *, stream: str) -> list[Step]:
+    """All steps of a training run, in order. The last one always ends an interval."""
+    wanted = settings.epochs * len(examples)
+    groups = [step for epoch in range(-int(-settings.epochs // 1)) for step in _epoch(examples, settings, stream, epoch)]
+    steps, seen, interval = [], 0, 0
+    for group in groups:
+        if seen >= wanted:
+            break
+        seen += len(group)
+        ended = seen >= (interval + 1) * settings.interval * len(examples) or seen >= wanted
+        interval += ended
+        steps.append(Step(examples=tuple(group), interval=interval if ended else None))
+    return steps
+
+
+def _epoch(examples: Sequence[Example], settings: ImproveConfig, stream: str, epoch: int) -> Iterator[list[Example]]:
+    problems: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        problems.setdefault(example.prompt_ids, []).append(example)
+    order = sorted(problems)
+    random.Random(f"{stream}\0epoch {epoch}").shuffle(order)
+    step: list[Example] = []
+    for prompt in order:
+        step += problems[prompt]
+        if len(step) >= settings.batch_size:
+            yield step
+            step = []
+    if step:
+        yield step
+
+
+def token_weights(examples: Sequence[Example], objective: str) -> list[float]:
+    """The factor of every target token of each example in the loss of one optimiser step.
+
+    With T_e target tokens and reward r_e > 0 (an example with r_e = 0 counts nowhere):
+    "sum": r_e / examples (Eq. 1 of the paper); "token-mean": r_e / sum of T_e; "problem": r_e / (sum of r over the example's
+    problem) / problems, the exact M-step, in which every solved problem weighs 1.
+    """
+    counted = [example for example in examples if example.weight > 0]
+    if objective == "sum":
+        total = float(len(counted))
+    elif objective == "token-mean":
+        total = float(sum(len(example.completion_ids) for example in counted))
+    else:
+        rewards: dict[tuple[int, ...], float] = {}
+        for example in counted:
+            rewards[example.prompt_ids] = rewards.get(example.prompt_ids, 0.0) + example.weight
+        return [e.weight / rewards[e.prompt_ids] / len(rewards) if e.weight > 0 else 0.0 for e in examples]
+    return [example.weight / total if total else 0.0 for example in examples]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A packed tree with its targets: token `targets[i]` is predicted at packed index `sources[i]`, with `weights[i]`."""
+
+    tree: Tree
+    sources: list[int]
+    targets: list[int]
+    weights: list[float]
+
+
+def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list[Pack]:
+    """Pack the examples of one step into trees of about `budget` tokens. Loss and gradient do not depend on the budget."""
+    weights = token_weights(examples, objective)
+    shared = shared_length([example.prompt_ids for example in examples])
+    packs: list[Pack] = []
+    pack: Pack | None = None
+    problem, prompt = -1, None
+    for example, weight in sorted(zip(examples, weights, strict=True), key=lambda pair: pair[0].prompt_ids):
+        if pack is None or len(pack.tree.tokens) + len(example.completion_ids) > budget:
+            pack, prompt = Pack(Tree(), [], [], []), None
+            root = pack.tree.add(example.prompt_ids[:shared])
+            packs.append(pack)
+        if example.prompt_ids != prompt:
+            prompt = example.prompt_ids
+            problem = pack.tree.add(prompt[shared:], root)
+        # The last target is predicted, never read: it needs no place in the tree.
+        branch = pack.tree.add(example.completion_ids[:-1], problem)
+        start = pack.tree.nodes[branch].start
+        pack.sources.extend([pack.tree.last_token(problem), *range(start, start + len(example.completion_ids) - 1)])
+        pack.targets.extend(example.completion_ids)
+        pack.weights.extend([weight] * len(example.completion_ids))
+    return packs

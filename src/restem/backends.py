@@ -38,6 +38,9 @@ class Backend(Protocol):
 
 def open_backend(recipe: Recipe, prompt: Prompt, home: Path, say: Callable[[str], None]) -> Backend:
     """The backend of a recipe. `home`: a directory for what belongs to the run (the toy's base)."""
+    for seam, name in ((sampling, recipe.engine.sampler), (training, recipe.engine.trainer)):
+        if name not in ("auto", *seam.names()):
+            seam.plugin(name)  # raises: better now than after hours of sampling
     if recipe.model.base.partition(":")[0] == "toy" or (Path(recipe.model.base) / "toy.json").is_file():
         return ToyBackend(recipe, home)
     return HFBackend(recipe, prompt, say)

@@ -189,6 +189,8 @@ def main() -> NoReturn:
     """The console script. Turns what a user can mend into one message and an exit code."""
     try:
         code = app(standalone_mode=False) or 0
+        if code == 130:  # what typer makes of Ctrl-C, without a word
+            raise KeyboardInterrupt
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):

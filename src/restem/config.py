@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from restem.errors import RestemError
 
@@ -35,7 +35,7 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     name: str = "arithmetic"
-    """A built-in task (`restem list tasks`), or a path to your own JSONL or Parquet file, or a folder with train/val/test files."""
+    """A built-in task (`restem list tasks`), or a path: your own JSONL or Parquet file, or a folder of train/val/test files."""
     data: str | None = None
     """Folder with one folder per set; None = the Hugging Face hub (built-in sets only)."""
     question: str = "question"
@@ -148,6 +148,13 @@ class EvaluateConfig(Section):
     train_samples: int = Field(4, ge=1)
     """Samples per training problem for the last model's train accuracy, at [generate]'s decoding; earlier models' comes from
     the E-step that follows them."""
+
+    @field_validator("k")
+    @classmethod
+    def _has_a_k_above_1(cls, k: tuple[int, ...]) -> tuple[int, ...]:
+        if min(k, default=0) < 1 or max(k) < 2:
+            raise ValueError("every K is at least 1 and one is above 1: pass@1 is never shown without pass@K")
+        return k
 
 
 class EngineConfig(Section):

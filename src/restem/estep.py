@@ -51,7 +51,7 @@ class Stage:
 
 
 class Watch(Protocol):
-    """Told how a stage gets on; parts of an earlier try first. Grades may come from another thread."""
+    """Told how a stage gets on: what is drawn now, and every grade. Grades may come from another thread."""
 
     def drawn(self, sample: Sample) -> None: ...
     def graded(self, sample: Sample) -> None: ...
@@ -106,6 +106,7 @@ class _Shard:
 
     def add(self, sample: Sample) -> None:
         self._start_grading(sample)
+        self.watch.drawn(sample)
         if len(self.samples) == len(self.wanted):
             rows = [_row(self.samples[key]) for key in sorted(self.samples, key=self._order())]
             metadata = {"stream": self.stage.stream, "model": self.stage.model}
@@ -133,7 +134,6 @@ class _Shard:
         key = Owed(sample.problem_id, sample.index)
         assert key in self.wanted and key not in self.samples, f"{key} is not owed"
         self.samples[key] = sample
-        self.watch.drawn(sample)
         if not self.done:
             future = grade(self.pool, self.problems[sample.problem_id], sample)
             future.add_done_callback(lambda done: self._tell(sample, done))

@@ -92,6 +92,15 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Delete what kills left half-written or half-deleted anywhere below a directory."""
+    for leftover in list(path.rglob(".tmp-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

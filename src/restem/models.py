@@ -82,13 +82,17 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
 
 def save_model(model: Any, tokenizer: Any, directory: Path, *, dtype: Any) -> None:
     """Write an ordinary Hugging Face model directory, weights in `dtype`."""
-    state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(directory, state_dict=state)
-    finally:
-        model.config.dtype = before
+    converted: dict[Any, Any] = {}  # by memory: tied weights stay one tensor, and are written once
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = converted.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(dtype))
+        state[name] = tensor
+    model.save_pretrained(directory, state_dict=state)
+    # save_pretrained writes down the number format of the model in memory, not that of the tensors it is given.
+    config = directory / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(directory)
 
 
@@ -135,8 +139,30 @@ def end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
     return frozenset([renderer.end_id, *more])
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Raise RestemError for a model whose attention the tree does not compute; better than a wrong answer."""
+def logits_of(model: Any, hidden: Any) -> Any:
+    """Logits of last hidden states, scaled as the model's own forward pass does."""
+    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        return logits / divisor
+    if factor := getattr(config, "logit_scale", None):  # Cohere
+        return logits * factor
+    return logits
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Raise RestemError for a model that the tree does not compute as the model does itself; better than a wrong answer."""
+    from restem.tree import disagreement
+
+    reasons = _known_reasons(model.config)
+    if not reasons and not getattr(model, "_supports_attention_backend", False):
+        reasons = ["its code does not let transformers exchange its attention"]
+    if not reasons and (reason := disagreement(model)):
+        reasons = [reason]
+    if reasons:
+        raise RestemError(f"the tree cannot serve this {model.config.model_type} model: {'; '.join(reasons)}.")
+
+
+def _known_reasons(config: Any) -> list[str]:
     text = config.get_text_config()
     reasons = []
     if getattr(config, "is_encoder_decoder", False):
@@ -148,8 +174,7 @@ def refuse_unsupported(config: Any) -> None:
         reasons.append(f"its attention has a sliding window of {text.sliding_window} tokens")
     if getattr(text, "attn_logit_softcapping", None) or getattr(text, "final_logit_softcapping", None):
         reasons.append("it caps its logits")
-    if reasons:
-        raise RestemError(f"the tree cannot serve this {config.model_type} model: {'; '.join(reasons)}.")
+    return reasons
 
 
 def compute_dtype(choice: str, device: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -73,20 +74,20 @@ class Run:
         self.prompt = prompt_of(recipe, self.task)
         self.directory = RunDirectory.open(self.path, resume=resume, command=self.command)
         self.talk = Talk(self.path / "log.txt", quiet=quiet)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.directory.close)
             self.backend = open_backend(recipe, self.prompt, self.path, self.talk.say)
             self.base = self.backend.base
             facts = {"base": self.base, "base_fingerprint": self.backend.fingerprint(self.base), **self.backend.facts}
-            if self.directory.is_new:
-                self.directory.create(recipe, self.task, facts)
-            else:
+            if not self.directory.is_new:
                 self.directory.refuse_drift(recipe, self.task, facts, self.command)
                 self.talk.say(f"resuming {self.path}")
             engine = recipe.engine
             self._pool = VerifierPool(self.task.verifier_spec, workers=engine.grade_workers, seconds=engine.grade_seconds)
-        except BaseException:
-            self.directory.close()
-            raise
+            undo.callback(self._pool.close, cancel=True)
+            if self.directory.is_new:  # last: what cannot start makes no run
+                self.directory.create(recipe, self.task, facts)
+            undo.pop_all()
 
     def __enter__(self) -> Run:
         return self
@@ -162,8 +163,8 @@ class Run:
         if not rows:
             cut = selection.counts.get("truncated", 0) / max(1, sum(selection.counts.values()))
             self.talk.warn(
-                f"iteration {iteration} kept 0 of {sum(selection.counts.values())} samples; the model it starts from is carried "
-                f"forward unchanged. Read {self.at(iteration)}/samples, check the verifier with `restem check`, raise "
+                f"iteration {iteration} kept 0 of {sum(selection.counts.values())} samples; the model it starts from is "
+                f"carried forward unchanged. Read {self.at(iteration)}/samples, check the verifier with `restem check`, raise "
                 f"generate.samples, or raise generate.max_tokens ({cut:.0%} of the samples were cut off)."
             )
         return selection.examples
@@ -191,7 +192,9 @@ class Run:
         """End the M-step: the winner's model moves to iter-NN/model, the others are deleted."""
         kept = self._kept(iteration)
         if kept is None:
-            if best.interval:
+            if best.iteration != iteration:  # carried forward: its model stays where it is
+                best = replace(best, interval=0)
+            else:
                 target = self.at(iteration) / "model"
                 if Path(best.model).is_dir():
                     Path(best.model).replace(target)
@@ -315,9 +318,10 @@ class Run:
             unknown,
         )
         reward: Interval = evaluation.mean_reward(samples)
-        if not reward.n:
+        finished = [sample for sample in samples if sample.finish == "stop"]  # one that was cut off needs no verifier
+        if not reward.n or (finished and all(sample.reward is None for sample in finished)):
             raise RestemError(
-                f"none of the {len(self.task.val)} D_val problems could be graded, so no improvement could be seen. "
+                f"nothing on the {len(self.task.val)} D_val problems could be graded, so no improvement could be seen. "
                 "Check the verifier and the references with `restem check`."
             )
         candidate = replace(unknown, reward=reward.value, low=reward.low, high=reward.high, n=reward.n)

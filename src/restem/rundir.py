@@ -20,12 +20,16 @@ from typing import IO, Any
 
 from restem.config import Recipe, flatten
 from restem.errors import RestemError
-from restem.files import read_json, write_json, write_rows
+from restem.files import read_json, remove_leftovers, write_json, write_rows
 from restem.tasks import Task
 from restem.types import Problem
 
 FREE_TO_CHANGE = frozenset({"iterations", "engine.rows", "engine.grade_workers", "engine.grade_seconds", "model.device"})
 """Keys that a resumed run may change: they move work or add to it, but change no part that exists."""
+
+
+_BEFORE_A_RUN = frozenset({"lock", "log.txt", "toy-base"})
+"""What a start that failed may leave; a directory with nothing else is as good as empty."""
 
 
 class RunDirectory:
@@ -43,7 +47,7 @@ class RunDirectory:
         made = path / "run.json"
         if path.exists() and not path.is_dir():
             raise RestemError(f"{path} is a file; give another --out.")
-        if path.is_dir() and not resume and any(item.name != "lock" for item in path.iterdir()):
+        if path.is_dir() and not resume and any(item.name not in _BEFORE_A_RUN for item in path.iterdir()):
             what = "holds a run already" if made.is_file() else "is not empty"
             raise RestemError(
                 f"{path} {what}, and nothing is overwritten.\n"
@@ -62,6 +66,8 @@ class RunDirectory:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
+        if made.is_file():
+            remove_leftovers(path)
         return cls(path, lock)
 
     def close(self) -> None:

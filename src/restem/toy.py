@@ -134,14 +134,15 @@ def best_rows(examples: Sequence[Example], objective: str) -> dict[int, tuple[fl
 
     "problem" gives every solved problem weight 1 (the exact M-step); the others weigh by reward (Eq. 3).
     """
+    counted = [example for example in examples if example.weight > 0]
     solved: dict[int, float] = {}
-    for example in examples:
+    for example in counted:
         solved[example.prompt_ids[1]] = solved.get(example.prompt_ids[1], 0.0) + example.weight
     totals: dict[int, list[float]] = {}
-    for example in examples:
+    for example in counted:
         weight = example.weight / solved[example.prompt_ids[1]] if objective == "problem" else example.weight
         totals.setdefault(example.prompt_ids[0], [0.0] * HABITS)[example.completion_ids[0]] += weight
-    return {row: tuple(w / math.fsum(ws) for w in ws) for row, ws in totals.items() if math.fsum(ws) > 0}
+    return {row: tuple(w / math.fsum(ws) for w in ws) for row, ws in totals.items()}
 
 
 def truncate(p: np.ndarray, decoding: Decoding) -> np.ndarray:

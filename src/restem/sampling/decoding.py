@@ -37,7 +37,11 @@ def choose(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tuple[Te
 def log_normaliser(logits_RV: Tensor) -> Tensor:
     """log sum exp over the vocabulary, in float32, without a float32 copy of all logits."""
     parts = [chunk[:, 0].float() - torch.log_softmax(chunk, -1, dtype=torch.float32)[:, 0] for chunk in logits_RV.split(_ROWS)]
-    return torch.cat(parts)
+    normaliser_R = torch.cat(parts)
+    masked_R = logits_RV[:, 0] == float("-inf")  # some models mask tokens; the difference above needs a finite logit
+    if masked_R.any():
+        normaliser_R[masked_R] = torch.logsumexp(logits_RV[masked_R].float(), -1)
+    return normaliser_R
 
 
 def _choose_among_all(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from restem.errors import RestemError
-from restem.models import end_ids, refuse_unsupported
+from restem.models import end_ids, logits_of, refuse_unsupported
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, uniforms
 from restem.sampling.decoding import choose
@@ -50,7 +50,7 @@ class TreeSampler:
     """
 
     def __init__(self, model: Any, renderer: Renderer, *, rows: int | None = None) -> None:
-        refuse_unsupported(model.config)
+        refuse_unsupported(model)
         self.model, self.renderer = model, renderer
         self.config = model.config.get_text_config()
         self.device, self.dtype = model.device, model.dtype
@@ -86,11 +86,6 @@ class TreeSampler:
         """Last hidden states [B, T, hidden]."""
         out = self.model.base_model(input_ids=tokens, position_ids=positions, use_cache=False, tree=attends)
         return out.last_hidden_state  # type: ignore[no-any-return]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
-        scale = getattr(self.config, "logits_scaling", None)  # Granite
-        return logits / scale if scale else logits  # type: ignore[no-any-return]
 
     def _compute_prefix(self, ids: tuple[int, ...]) -> Tensor:
         """Keys and values [L, 2, K, P, D] of the shared prefix; computed once per sampler."""
@@ -208,7 +203,7 @@ class _Batch:
         place = self.sampler._tensor(lengths)
         attends = _Decode(self.kv[:, :, :padded], self.prefix, place, min(self.width, _round_up(max(lengths) + 1, _ALIGN)))
         hidden = self.sampler.forward(self.sampler._tensor(tokens)[:, None], (place + self.offset)[:, None], attends)
-        logits = self.sampler.logits(hidden[: self.active, 0])
+        logits = logits_of(self.sampler.model, hidden[:, 0])[: self.active]
         for row in self.rows:
             row.length += 1
         self._choose(logits, self.rows)
@@ -234,13 +229,15 @@ class _Batch:
         while self.waiting and (not batch or len(tree.tokens) + len(self.own[self.waiting[0][0]]) <= _PREFILL_TOKENS):
             name, owed = self.waiting.popleft()
             batch.append((tree.add(self.own[name]), owed))
+        tree.add([0] * (-len(tree.tokens) % _ROW_ALIGN))  # nobody's child: it only fills the rows
         capture = _Capture(_Prefill(tree.plan(self.sampler.device), self.prefix))
         ids, positions = self.sampler._tensor([tree.tokens]), self.sampler._tensor([tree.positions])
         hidden = self.sampler.forward(ids, positions, capture)[0]
         kv = capture.stacked()
         nodes = tree.nodes
-        logits = self.sampler.logits(hidden[[nodes[node].end - 1 for node, _ in batch]])
-        for (number, owed), row in zip(batch, logits, strict=True):
+        ends = [nodes[number].end - 1 for number, _ in batch]
+        logits = logits_of(self.sampler.model, hidden[ends + [0] * (-len(ends) % _ROW_ALIGN)])
+        for (number, owed), row in zip(batch, logits[: len(batch)], strict=True):
             node = nodes[number]
             size = node.end - node.start
             self.forks.append(_Fork(kv[..., node.start : node.end, :], row, size, self.offset + size, owed))
@@ -326,19 +323,21 @@ class _Decode:
         keys, values = self.kv[layer]
         keys[self.rows_R, :, self.place_R] = k[:, :, 0]
         values[self.rows_R, :, self.place_R] = v[:, :, 0]
-        grouped = q.reshape(rows, groups, heads // groups, size)
-        scores = (grouped @ keys[:, :, : self.width].transpose(-1, -2)).float() * scale + self.mask_R11T
-        lse = torch.logsumexp(scores, -1)
-        own = (scores - lse[..., None]).exp().to(q.dtype) @ values[:, :, : self.width]
+        grouped = (q * scale).reshape(rows, groups, heads // groups, size)
+        own = (grouped @ keys[:, :, : self.width].transpose(-1, -2)).float() + self.mask_R11T
         if not self.prefix.shape[3]:
-            return torch.as_tensor(own.reshape(q.shape))
-        # One block for all rows: the queries of a key-value head, of every row and group, are one long sequence.
+            weights = torch.softmax(own, -1).to(q.dtype)
+            return torch.as_tensor((weights @ values[:, :, : self.width]).reshape(q.shape))
+        # One product for all rows: the queries of a key-value head, of every row and group, are one long sequence. The prefix
+        # comes second, so that a wider slot moves it by whole vectors and no sum changes its order.
         shared_keys, shared_values = self.prefix[layer]
-        folded = grouped.transpose(0, 1).reshape(1, groups, -1, size)
-        out, logs = block(folded, shared_keys[None], shared_values[None], scale, causal=False)
-        out = out.view(groups, rows, -1, size).transpose(0, 1)
-        logs = logs.reshape(groups, rows, -1).transpose(0, 1)
-        return merge([(own, lse), (out, logs)])[0].reshape(q.shape)
+        folded = grouped.transpose(0, 1).reshape(groups, -1, size)
+        shared = (folded @ shared_keys.transpose(-1, -2)).view(groups, rows, heads // groups, -1).transpose(0, 1)
+        weights = torch.softmax(torch.cat([own, shared.float()], -1), -1).to(q.dtype)
+        out = weights[..., : self.width] @ values[:, :, : self.width]
+        folded_weights = weights[..., self.width :].transpose(0, 1).reshape(groups, rows * (heads // groups), -1)
+        out = out + (folded_weights @ shared_values).view(groups, rows, -1, size).transpose(0, 1)
+        return torch.as_tensor(out.reshape(q.shape))
 
 
 def _by_problem(owed: Iterable[Owed]) -> dict[str, list[int]]:

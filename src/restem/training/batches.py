@@ -6,6 +6,7 @@ and the order depends on nothing but the seed and the epoch, so that a resumed r
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,17 +27,22 @@ class Step:
 
 def plan_steps(examples: Sequence[Example], settings: ImproveConfig, *, stream: str) -> list[Step]:
     """All steps of a training run, in order. The last one always ends an interval."""
-    wanted = settings.epochs * len(examples)
-    groups = [step for epoch in range(-int(-settings.epochs // 1)) for step in _epoch(examples, settings, stream, epoch)]
+    wanted = _whole(settings.epochs * len(examples))
+    groups = [step for epoch in range(math.ceil(settings.epochs)) for step in _epoch(examples, settings, stream, epoch)]
     steps, seen, interval = [], 0, 0
     for group in groups:
         if seen >= wanted:
             break
         seen += len(group)
-        ended = seen >= (interval + 1) * settings.interval * len(examples) or seen >= wanted
+        ended = seen >= _whole((interval + 1) * settings.interval * len(examples)) or seen >= wanted
         interval += ended
         steps.append(Step(examples=tuple(group), interval=interval if ended else None))
     return steps
+
+
+def _whole(examples: float) -> int:
+    """So many examples, rounded up; 3 * 0.1 * 10 is a little more than 3, but 3 are meant."""
+    return math.ceil(examples - 1e-6)
 
 
 def _epoch(examples: Sequence[Example], settings: ImproveConfig, stream: str, epoch: int) -> Iterator[list[Example]]:

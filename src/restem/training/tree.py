@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from restem.config import ImproveConfig
 from restem.errors import RestemError
 from restem.files import finish_directory, remove_directory
-from restem.models import load_model, load_tokenizer, refuse_unsupported, save_model, storage_dtype
+from restem.models import load_model, load_tokenizer, logits_of, refuse_unsupported, save_model, storage_dtype
 from restem.training import Interval, check_examples
 from restem.training.batches import Pack, Step, make_packs, plan_steps
 from restem.tree import PackAttention, tree_attention
@@ -55,7 +55,7 @@ class TreeTrainer:
         if done >= last:
             return
         model = load_model(start, dtype=torch.float32, device=self.device, trust_remote_code=self.trust_remote_code)
-        refuse_unsupported(model.config)
+        refuse_unsupported(model)
         tokenizer = load_tokenizer(start, trust_remote_code=self.trust_remote_code)
         optimiser = torch.optim.AdamW(
             model.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, fused=True
@@ -101,12 +101,15 @@ class TreeTrainer:
                 loss += part.item()
                 targets += len(pack.targets)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.settings.clip))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            optimiser.step()
+            finite = step.interval is None or all(bool(p.isfinite().all()) for p in model.parameters())
+        if not finite:
             raise RestemError(
                 f"training diverged at step {number + 1}: loss {loss}, gradient norm {norm}, learning rate "
                 f"{self.settings.learning_rate}. Lower improve.learning_rate; the run can go on from its last interval."
             )
-        optimiser.step()
         return {
             "loss": loss,
             "gradient_norm": norm,
@@ -138,9 +141,7 @@ class TreeTrainer:
 
 
 def _weighted_nll(model: Any, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    logits = model.get_output_embeddings()(hidden).float()
-    scale = getattr(model.config.get_text_config(), "logits_scaling", None)  # Granite
-    nll = torch.nn.functional.cross_entropy(logits / scale if scale else logits, targets, reduction="none")
+    nll = torch.nn.functional.cross_entropy(logits_of(model, hidden).float(), targets, reduction="none")
     return (nll * weights).sum()
 
 

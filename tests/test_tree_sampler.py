@@ -1,0 +1,386 @@
+"""The tree sampler draws what the model itself would: token for token when greedy, exactly distributed when sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_models
+from restem.errors import RestemError
+from restem.prompts import Prompt, Renderer
+from restem.sampling import Decoding, Owed, TreeSampler
+from restem.types import Problem, Sample
+from tiny_models import END, REFUSED, SERVED, bare, few_shot, one_thread, problems, scripted, tiny  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GREEDY = Decoding(temperature=0, max_tokens=20)
+PAPER = Decoding(temperature=0.7, top_k=40, max_tokens=20)
+Key = tuple[str, int]
+
+
+def owe(stage: Sequence[Problem], num_samples: int) -> list[Owed]:
+    return [Owed(problem.id, index) for problem in stage for index in range(num_samples)]
+
+
+def draw(
+    model: Any,
+    renderer: Renderer,
+    stage: Sequence[Problem],
+    owed: Iterable[Owed],
+    decoding: Decoding,
+    *,
+    stream: str = "run 1",
+    rows: int | None = None,
+) -> dict[Key, Sample]:
+    """All samples by identity; none may come twice."""
+    drawn = list(TreeSampler(model, renderer, rows=rows).sample(stage, owed, decoding, stream=stream))
+    by_key = {(sample.problem_id, sample.index): sample for sample in drawn}
+    assert len(by_key) == len(drawn)
+    return by_key
+
+
+def tokens(samples: dict[Key, Sample]) -> dict[Key, tuple[int, ...]]:
+    return {key: sample.token_ids for key, sample in samples.items()}
+
+
+def generate(model: Any, prompt: tuple[int, ...], max_tokens: int, ends: list[int] | None) -> list[int]:
+    """transformers' own greedy decoding of one prompt alone, without its end token."""
+    model.generation_config.eos_token_id = ends
+    settings = {"max_new_tokens": max_tokens, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **settings)[0, len(prompt) :]
+    return [token for token in out.tolist() if token not in (ends or [])]
+
+
+def an_end_that_some_reach(completions: list[list[int]]) -> int:
+    """The token that is in about half of the completions."""
+    tokens = sorted({token for completion in completions for token in completion})
+    return min(tokens, key=lambda token: abs(sum(token in c for c in completions) - len(completions) / 2))
+
+
+def forward_logprobs(model: Any, prompt: tuple[int, ...], completion: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] at the places of the completion, by one plain forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits.double(), -1)
+
+
+# --- promise 5: greedy equality --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", ["sharing a few-shot prefix", "sharing nothing"])
+@pytest.mark.parametrize("name", SERVED)
+def test_greedy_completions_equal_generate_token_by_token(name: str, prompts: str) -> None:
+    """Each prompt alone in `generate`; here 30 samples through 16 rows, so that rows are refilled in the middle. Some
+    completions end by one of two end tokens, some at the limit."""
+    model, stage = tiny(name), problems()
+    renderer = few_shot() if prompts == "sharing a few-shot prefix" else bare()
+    encoded = [renderer.encode(problem) for problem in stage]
+    assert len({len(prompt) for prompt in encoded}) > 4
+    assert (len({prompt[0] for prompt in encoded}) == 1) == (prompts == "sharing a few-shot prefix")
+    free = [generate(model, prompt, GREEDY.max_tokens, None) for prompt in encoded]
+    ends = [an_end_that_some_reach(free), END]
+    expected = {
+        problem.id: generate(model, prompt, GREEDY.max_tokens, ends) for problem, prompt in zip(stage, encoded, strict=True)
+    }
+    samples = draw(model, renderer, stage, owe(stage, 3), GREEDY, rows=16)
+    assert {key: list(sample.token_ids) for key, sample in samples.items()} == {
+        (problem.id, index): expected[problem.id] for problem in stage for index in range(3)
+    }
+    ended = {problem_id: len(completion) < GREEDY.max_tokens for problem_id, completion in expected.items()}
+    assert set(ended.values()) == {True, False}
+    assert all((sample.finish == "stop") == ended[sample.problem_id] for sample in samples.values())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_the_tree_would_compute_wrongly_is_refused_by_name(name: str) -> None:
+    model = tiny(name, table=REFUSED)
+    with pytest.raises(RestemError, match=model.config.model_type):
+        TreeSampler(model, few_shot())
+
+
+def test_a_model_that_does_something_of_its_own_to_its_logits_is_refused() -> None:
+    model = tiny()
+    own = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+
+    model.forward = scaled
+    with pytest.raises(RestemError, match="logits differ from the model's own"):
+        TreeSampler(model, few_shot())
+
+
+def test_a_model_with_broken_weights_is_refused() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    with pytest.raises(RestemError, match="not finite"):
+        TreeSampler(model, few_shot())
+
+
+# --- promise 1: a sample depends on nothing but its stream, problem and index -----------------------------------------------
+
+
+def number_formats() -> list[Any]:
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    reason = "this processor does not multiply in bfloat16"
+    return [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not native, reason=reason))]
+
+
+@pytest.mark.parametrize("dtype", number_formats(), ids=str)
+def test_a_sample_does_not_depend_on_what_else_is_owed(dtype: torch.dtype) -> None:
+    """All at once, one at a time, a part in another order, few rows: the same tokens."""
+    model, renderer, stage = tiny().to(dtype), few_shot(), problems()
+    owed = owe(stage, 8)
+    whole = tokens(draw(model, renderer, stage, owed, PAPER))
+    assert len(set(whole.values())) > 70
+    part = owed[::-3]
+    assert tokens(draw(model, renderer, stage, part, PAPER)) == {tuple(key): whole[key] for key in part}
+    assert tokens(draw(model, renderer, stage, owed, PAPER, rows=16)) == whole
+    for key in owed[:: len(owed) // 4]:
+        assert tokens(draw(model, renderer, stage, [key], PAPER)) == {tuple(key): whole[key]}
+
+
+def test_a_second_call_of_one_sampler_draws_the_same() -> None:
+    stage, sampler = problems(4), TreeSampler(tiny(), few_shot())
+    first, second = ({s.token_ids for s in sampler.sample(stage, owe(stage, 3), PAPER, stream="a")} for _ in range(2))
+    assert first == second
+
+
+def test_samples_of_one_problem_differ() -> None:
+    stage = problems(1)
+    assert len(set(tokens(draw(tiny(), few_shot(), stage, owe(stage, 20), PAPER)).values())) == 20
+
+
+def test_two_problems_with_one_question_share_no_noise() -> None:
+    stage = [Problem(id=name, question="3 + 4?") for name in ("a", "b")]
+    drawn = tokens(draw(tiny(), few_shot(), stage, owe(stage, 10), PAPER))
+    assert len(set(drawn.values())) == 20
+
+
+def test_another_stream_draws_other_samples() -> None:
+    model, stage = tiny(), problems(4)
+    one, other = (tokens(draw(model, few_shot(), stage, owe(stage, 4), PAPER, stream=name)) for name in ("1", "2"))
+    assert not set(one.values()) & set(other.values())
+
+
+def test_nothing_owed_draws_nothing() -> None:
+    assert draw(tiny(), few_shot(), problems(), [], PAPER) == {}
+
+
+# --- the distribution -------------------------------------------------------------------------------------------------------
+
+
+def test_row_11_first_tokens_follow_the_exact_truncated_distribution() -> None:
+    """Row 11: 4,000 samples of one problem against softmax over the top 12 at temperature 0.7; seeded, so never flaky."""
+    model, renderer, stage = tiny(), few_shot(), problems(3)
+    decoding = Decoding(temperature=0.7, top_k=12, max_tokens=1)
+    drawn = draw(model, renderer, stage, owe(stage[1:2], 4000), decoding)
+    logits = forward_logprobs(model, renderer.encode(stage[1]), [0])[0] / decoding.temperature
+    top = logits.topk(12)
+    expected = 4000 * torch.softmax(top.values, -1)
+    found = torch.tensor([sum((s.token_ids or (END,)) == (token,) for s in drawn.values()) for token in top.indices.tolist()])
+    assert found.sum() == 4000
+    assert ((found - expected) ** 2 / expected).sum() < 31.3  # chi-square, 11 degrees of freedom: p = 0.001
+
+
+def test_row_10_no_sampled_token_is_ranked_beyond_top_k() -> None:
+    """Row 10: ranks by a plain forward pass over what was drawn."""
+    model, renderer, stage = tiny("qwen2"), few_shot(), problems(4)
+    samples = draw(model, renderer, stage, owe(stage, 8), Decoding(temperature=1.5, top_k=5, max_tokens=20))
+    ranks = set()
+    for sample in samples.values():
+        prompt = renderer.encode(next(problem for problem in stage if problem.id == sample.problem_id))
+        logprobs = forward_logprobs(model, prompt, sample.token_ids)
+        chosen = logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None])
+        ranks |= set((logprobs > chosen + 1e-6).sum(-1).tolist())
+    assert ranks == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gpt2"])
+def test_the_log_probability_is_that_of_a_plain_forward_pass(name: str) -> None:
+    """Of all tokens and the end token, at temperature 1 and without truncation."""
+    model, renderer, stage = tiny(name), few_shot(), problems(5)
+    end = an_end_that_some_reach([generate(model, renderer.encode(problem), 20, None) for problem in stage])
+    model.generation_config.eos_token_id = end
+    samples = draw(model, renderer, stage, owe(stage, 12), Decoding(temperature=0.6, top_k=40, max_tokens=20))
+    stopped = 0
+    for sample in samples.values():
+        prompt = renderer.encode(next(problem for problem in stage if problem.id == sample.problem_id))
+        # With two end tokens, the sample does not say which one it drew.
+        endings = [[END], [end]] if sample.finish == "stop" else [[]]
+        sums = []
+        for ending in endings:
+            completion = [*sample.token_ids, *ending]
+            sums.append(forward_logprobs(model, prompt, completion).gather(-1, torch.tensor(completion)[:, None]).sum().item())
+        assert min(abs(total - sample.logprob) for total in sums) < 1e-4 * max(1, abs(sample.logprob))
+        stopped += sample.finish == "stop"
+    assert 0 < stopped < len(samples)
+
+
+def test_row_2_sampling_changes_no_weight() -> None:
+    """Row 2: the hash of all weights before and after, and the model is handed back as it came."""
+    model, stage = tiny(), problems(4)
+    model.train()
+    before, attention = tiny_models.fingerprint(model), model.config._attn_implementation
+    draw(model, few_shot(), stage, owe(stage, 8), PAPER)
+    assert tiny_models.fingerprint(model) == before
+    assert (model.config._attn_implementation, model.training) == (attention, True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- how a completion ends --------------------------------------------------------------------------------------------------
+
+STAGE = [Problem(id="p", question="Q")]
+
+
+def complete(script: Sequence[str | int], *, stop: tuple[str, ...] = (), max_tokens: int = 30, ends: Any = None) -> Sample:
+    """The greedy completion of a model that writes this script."""
+    model, renderer = scripted(script), few_shot()
+    model.generation_config.eos_token_id = ends
+    decoding = Decoding(temperature=0, max_tokens=max_tokens, stop=stop)
+    (sample,) = draw(model, renderer, STAGE, owe(STAGE, 1), decoding).values()
+    assert renderer.decode(sample.token_ids) == sample.text
+    return sample
+
+
+def test_an_end_token_ends_a_completion_and_is_not_part_of_it() -> None:
+    sample = complete(["x", "y", END])
+    assert (sample.text, sample.finish, len(sample.token_ids)) == ("xy", "stop", 2)
+
+
+def test_a_completion_may_be_empty() -> None:
+    sample = complete([END])
+    assert (sample.text, sample.finish, sample.token_ids) == ("", "stop", ())
+    assert sample.logprob == pytest.approx(0, abs=1e-4)
+
+
+def test_max_tokens_cuts_a_completion_off() -> None:
+    sample = complete(["x", "y", "z", "w", END], max_tokens=3)
+    assert (sample.text, sample.finish) == ("xyz", "length")
+
+
+def test_an_end_token_right_behind_max_tokens_comes_too_late() -> None:
+    assert complete(["x", "y", END], max_tokens=2).finish == "length"
+    assert complete(["x", "y", END], max_tokens=3).finish == "stop"
+
+
+@pytest.mark.parametrize("ends", [5, [5, 6], [6, 5], None])
+def test_every_end_token_of_the_generation_settings_ends_a_completion(ends: Any) -> None:
+    """The tokenizer's own end token ends it in any case."""
+    for last in [END, *(ends if isinstance(ends, list) else [ends] if ends else [])]:
+        sample = complete(["x", last, "y"], ends=ends)
+        assert (sample.text, sample.finish) == ("x", "stop")
+
+
+def test_a_stop_string_across_tokens_is_cut_off() -> None:
+    sample = complete(["x", "y", "Ċ", "Q", "u", "e", "z"], stop=("\nQue",))
+    assert (sample.text, sample.finish, len(sample.token_ids)) == ("xy", "stop", 2)
+
+
+def test_a_cut_inside_a_token_keeps_the_characters_before_it() -> None:
+    """ "abc" is one token; of "xabcd", "xa" is kept, in tokens that decode to it."""
+    sample = complete(["x", "abc", "d", "z"], stop=("bcd",))
+    assert (sample.text, sample.finish, len(sample.token_ids)) == ("xa", "stop", 2)
+
+
+def test_the_first_stop_string_in_the_text_counts() -> None:
+    """Both are complete with one token; the one that begins first is cut."""
+    assert complete(["x", "abc", "z"], stop=("c", "b")).text == "xa"
+    assert complete(["x", "ĊĊ", "z"], stop=("\n\n", "\nQuestion:")).text == "x"
+
+
+def test_a_stop_string_at_the_very_beginning_leaves_nothing() -> None:
+    sample = complete(["ĊĊ", "x"], stop=("\n\n",))
+    assert (sample.text, sample.token_ids, sample.finish) == ("", (), "stop")
+
+
+def test_a_stop_string_completed_by_the_last_allowed_token_counts() -> None:
+    sample = complete(["x", "y", "Ċ", "Q", "z"], stop=("\nQ",), max_tokens=4)
+    assert (sample.text, sample.finish) == ("xy", "stop")
+
+
+def test_half_a_stop_string_is_kept() -> None:
+    sample = complete(["x", "Ċ", "Q", "y", END], stop=("\nQuestion:",))
+    assert (sample.text, sample.finish) == ("x\nQy", "stop")
+
+
+def test_the_prompt_does_not_take_part_in_a_stop_string() -> None:
+    """The prompt ends in "Answer:"; a stop string ":x" is not completed by an "x"."""
+    assert complete(["x", "y", END], stop=(":x",)).text == "xy"
+
+
+def test_the_sum_of_log_probabilities_of_a_cut_sample_is_finite_and_negative() -> None:
+    assert -1 < complete(["x", "abc", "d"], stop=("bcd",)).logprob <= 0
+
+
+def test_random_bytes_decode_to_the_text_of_the_sample() -> None:
+    """A random model writes bytes that are no text; the ids and the text still agree, with stop strings of single bytes."""
+    renderer, stage = few_shot(), problems(5)
+    decoding = Decoding(temperature=1.5, max_tokens=40, stop=("b", "1", "x\n"))
+    samples = draw(tiny(), renderer, stage, owe(stage, 20), decoding)
+    assert {sample.finish for sample in samples.values()} == {"stop", "length"}
+    for sample in samples.values():
+        assert renderer.decode(sample.token_ids) == sample.text
+        assert not any(stop in sample.text for stop in decoding.stop)
+
+
+# --- the context ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_longer_than_the_context_is_an_error_that_names_the_problem() -> None:
+    stage = [*problems(2), Problem(id="too-long", question="x" * 600)]
+    with pytest.raises(RestemError, match=r"too-long has 6\d\d tokens.*512"):
+        draw(tiny(), few_shot(), stage, owe(stage[:2], 1), GREEDY)
+
+
+def test_a_completion_ends_where_the_context_does() -> None:
+    """A prompt of 505 tokens leaves 7 of 512. A short prompt beside it has all of its 20."""
+    model = tiny()
+    model.generation_config.eos_token_id = None
+    renderer = bare()
+    stage = [Problem(id="long", question="x" * 504), Problem(id="short", question="y")]
+    samples = draw(model, renderer, stage, owe(stage, 1), GREEDY)
+    assert {key[0]: (len(s.token_ids), s.finish) for key, s in samples.items()} == {
+        "long": (7, "length"),
+        "short": (20, "length"),
+    }
+    assert list(samples["long", 0].token_ids) == generate(model, renderer.encode(stage[0]), 7, None)
+
+
+def test_a_prompt_that_is_the_beginning_of_another_is_served() -> None:
+    """All prompts share all but the last token of the shortest."""
+    model = tiny()
+    template = "{{ messages[0]['content'] }}"
+    renderer = Renderer(Prompt(style="chat"), tiny_models.tokenizer(template=template))
+    stage = [Problem(id=text, question=text) for text in ("x", "xy", "xyz", "xyzxyz")]
+    samples = draw(model, renderer, stage, owe(stage, 2), GREEDY)
+    for (problem_id, _), sample in samples.items():
+        assert list(sample.token_ids) == generate(model, tuple(renderer.encode(Problem(id="", question=problem_id))), 20, [END])
+
+
+def test_one_problem_alone_has_the_completion_that_it_has_among_others() -> None:
+    """Its prefix is then its own prompt but for the last token; the numbers differ in rounding only."""
+    model, renderer, stage = tiny(), few_shot(), problems()
+    among = tokens(draw(model, renderer, stage, owe(stage, 1), GREEDY))
+    alone = {
+        key: ids
+        for problem in stage
+        for key, ids in tokens(draw(model, renderer, [problem], owe([problem], 1), GREEDY)).items()
+    }
+    assert alone == among
+
+
+def test_no_padding_token_is_needed() -> None:
+    model, renderer = tiny(), few_shot()
+    assert renderer.tokenizer.pad_token_id is None
+    assert model.config.pad_token_id is None
+    stage = problems(3)
+    assert len(draw(model, renderer, stage, owe(stage, 2), PAPER)) == 6

@@ -17,7 +17,7 @@ help:
 	@echo "PYTHON=python3.12 make ...   use that interpreter (3.11 or later) to make .venv"
 
 quickstart: $(STAMP)
-	$(BIN)/restem run recipes/arithmetic.toml $(ARGS)
+	$(BIN)/restem run recipes/arithmetic.toml --out runs/quickstart --resume $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -78,7 +78,7 @@ class Run:
             undo.callback(self.directory.close)
             self.backend = open_backend(recipe, self.prompt, self.path, self.talk.say)
             self.base = self.backend.base
-            facts = {"base": self.base, "base_fingerprint": self.backend.fingerprint(self.base), **self.backend.facts}
+            facts = {"base": self._relative(self.base), "base_fingerprint": self.backend.fingerprint(self.base), **self.backend.facts}
             if not self.directory.is_new:
                 self.directory.refuse_drift(recipe, self.task, facts, self.command)
                 self.talk.say(f"resuming {self.path}")
@@ -86,7 +86,7 @@ class Run:
             self._pool = VerifierPool(self.task.verifier_spec, workers=engine.grade_workers, seconds=engine.grade_seconds)
             undo.callback(self._pool.close, cancel=True)
             if self.directory.is_new:  # last: what cannot start makes no run
-                self.directory.create(recipe, self.task, facts)
+                self.directory.create(recipe, self.task, {**facts, "task": self._task_facts()})
             undo.pop_all()
 
     def __enter__(self) -> Run:
@@ -218,7 +218,7 @@ class Run:
         folder = self.at(iteration) / "eval" / self.task.name
         if (folder / "scores.json").is_file():
             return
-        settings, decoding = self.recipe.evaluate, {}
+        settings = self.recipe.evaluate
         known = self._evaluation_of(policy)
         if known is not None:
             self._copy_evaluation(known, folder)
@@ -292,6 +292,20 @@ class Run:
             assert found == policy.fingerprint, "the sampled weights are the policy's"
             return draw(stage, lambda: self.backend.open_sampler(policy.model), self._pool, watch)
 
+    def _task_facts(self) -> dict[str, Any]:
+        """What the task decided where the recipe left it to the task."""
+        return {
+            "name": self.task.name,
+            "verifier": self.task.verifier_spec,
+            "samples": self.samples_per_problem,
+            "decoding": self.decoding.describe(),
+            "prompt": {
+                "style": self.prompt.style,
+                "instruction": self.prompt.instruction,
+                "exemplars": [[e.question, e.solution] for e in self.prompt.exemplars],
+            },
+        }
+
     def _validated(self, model: str, folder: Path, *, iteration: int, interval: int) -> Candidate:
         file = folder / "candidate.json"
         if file.is_file():
@@ -331,15 +345,17 @@ class Run:
 
     def _train_accuracy(self, policy: Candidate, iteration: int) -> None:
         """Earlier policies' train accuracy comes from the E-step that follows them; the last one has none."""
-        self._draw(
+        folder = self.at(iteration) / "train"
+        samples = self._draw(
             f"iteration {iteration}: train accuracy",
-            self.at(iteration) / "train",
+            folder,
             self.task.train,
             self.recipe.evaluate.train_samples,
             self.decoding,
             "train accuracy",
             policy,
         )
+        write_json(folder / "accuracy.json", evaluation.as_dict(evaluation.mean_reward(samples)))
 
     def _kept(self, iteration: int) -> Candidate | None:
         file = self.at(iteration) / "iteration.json"

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from restem import __version__
 from restem.config import Recipe, flatten
 from restem.errors import RestemError
 from restem.files import read_json, remove_leftovers, write_json, write_rows
@@ -153,8 +154,8 @@ def read_problems(path: Path) -> list[Problem]:
 
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("restem", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "math-verify", "sympy"):
+    found = {"python": platform.python_version(), "restem": __version__}
+    for name in ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "math-verify", "sympy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

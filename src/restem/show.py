@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,8 @@ def listing(what: str) -> str:
     """What a recipe may name, one a line."""
     from restem import sampling, tasks, training, verifiers
 
-    known = {
-        "tasks": lambda: tasks.names(),
+    known: dict[str, Callable[[], list[str]]] = {
+        "tasks": tasks.names,
         "recipes": lambda: [f"{name:<20} {_first_comment(path)}" for name, path in recipe_files().items()],
         "samplers": sampling.names,
         "trainers": training.names,

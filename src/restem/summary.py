@@ -104,11 +104,10 @@ def _paired(run: Path, number: int, tasks: list[str]) -> dict[str, Any] | None:
 
 def _train_accuracy(run: Path, number: int) -> dict[str, Any] | None:
     """Sampled accuracy of iteration i's model on the training problems: from the E-step that follows it, or its own stage."""
-    for folder in (run / f"iter-{number + 1:02d}", run / f"iter-{number:02d}" / "train"):
-        wanted = folder / "selection.json" if folder.name.startswith("iter-") else folder / "grades"
-        if wanted.exists():
-            return evaluation.as_dict(evaluation.mean_reward(read_stage(folder)))
-    return None
+    following = run / f"iter-{number + 1:02d}"
+    if (following / "selection.json").is_file():
+        return evaluation.as_dict(evaluation.mean_reward(read_stage(following)))
+    return _read(run / f"iter-{number:02d}" / "train" / "accuracy.json")  # type: ignore[no-any-return]
 
 
 def _interval(candidate: dict[str, Any] | None) -> dict[str, Any] | None:

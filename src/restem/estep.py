@@ -66,11 +66,13 @@ def draw(stage: Stage, open_sampler: Callable[[], Sampler], pool: VerifierPool, 
     work = {number: _Shard(stage, number, shard, pool, watch) for number, shard in enumerate(shards)}
     owed = [item for number in work for item in work[number].owed()]
     home = {problem.id: number for number, shard in enumerate(shards) for problem in shard}
+    grading: list[_Shard] = []
     if owed:
         for sample in open_sampler().sample(stage.problems, owed, stage.decoding, stream=stage.stream):
-            work[home[sample.problem_id]].add(sample)
-            for shard in work.values():
-                shard.write_if_graded()
+            number = home[sample.problem_id]
+            if work[number].add(sample):
+                grading.append(work[number])
+            grading = [shard for shard in grading if not shard.write_if_graded()]
     for shard in work.values():
         shard.finish()
     return read_stage(stage.directory)
@@ -104,17 +106,22 @@ class _Shard:
         """In the problems' order: a problem's samples stand together."""
         return sorted(self.wanted - self.samples.keys(), key=self._order())
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample) -> bool:
+        """Take a drawn sample; True when it was the shard's last."""
         self._start_grading(sample)
         self.watch.drawn(sample)
-        if len(self.samples) == len(self.wanted):
+        is_drawn = len(self.samples) == len(self.wanted)
+        if is_drawn:
             rows = [_row(self.samples[key]) for key in sorted(self.samples, key=self._order())]
             metadata = {"stream": self.stage.stream, "model": self.stage.model}
             write_rows(self.stage.samples_part(self.number), rows, _sample_schema(), metadata)
+        return is_drawn
 
-    def write_if_graded(self) -> None:
-        if not self.done and len(self.grades) == len(self.wanted) and all(f.done() for f in self.grades.values()):
+    def write_if_graded(self) -> bool:
+        """Write the grades of a drawn shard as soon as the last is in; True if they were."""
+        if all(future.done() for future in self.grades.values()):
             self._write_grades()
+        return self.done
 
     def finish(self) -> None:
         if not self.done:

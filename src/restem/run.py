@@ -80,7 +80,7 @@ class Run:
             self.base = self.backend.base
             facts = {"base": self._relative(self.base), "base_fingerprint": self.backend.fingerprint(self.base), **self.backend.facts}
             if not self.directory.is_new:
-                self.directory.refuse_drift(recipe, self.task, facts, self.command)
+                self.directory.go_on(recipe, self.task, facts, self.command)
                 self.talk.say(f"resuming {self.path}")
             engine = recipe.engine
             self._pool = VerifierPool(self.task.verifier_spec, workers=engine.grade_workers, seconds=engine.grade_seconds)

@@ -48,7 +48,8 @@ class RunDirectory:
         made = path / "run.json"
         if path.exists() and not path.is_dir():
             raise RestemError(f"{path} is a file; give another --out.")
-        if path.is_dir() and not resume and any(item.name not in _BEFORE_A_RUN for item in path.iterdir()):
+        is_used = path.is_dir() and any(item.name not in _BEFORE_A_RUN for item in path.iterdir())
+        if is_used and not (resume and made.is_file()):
             what = "holds a run already" if made.is_file() else "is not empty"
             raise RestemError(
                 f"{path} {what}, and nothing is overwritten.\n"
@@ -98,8 +99,8 @@ class RunDirectory:
             },
         )
 
-    def refuse_drift(self, recipe: Recipe, task: Task, facts: dict[str, Any], command: str) -> None:
-        """Raise RestemError if the recipe, the data or the base differ from those that made this run."""
+    def go_on(self, recipe: Recipe, task: Task, facts: dict[str, Any], command: str) -> None:
+        """Take up the run that lies here: RestemError if the recipe, the data or the base differ from those that made it."""
         saved = read_json(self.path / "run.json")
         old, new = flatten(Recipe.model_validate(saved["recipe"])), flatten(recipe)
         lines = [
@@ -128,6 +129,8 @@ class RunDirectory:
                 f"the base model {facts['base']} has other weights ({facts['base_fingerprint']}) than the one that "
                 f"{self.path} was made with ({saved['base_fingerprint']}). Start another run: {command} --out {self.path}-2"
             )
+        if json.loads(recipe.model_dump_json()) != saved["recipe"]:  # in keys that are free to change
+            write_json(self.path / "run.json", {**saved, "recipe": json.loads(recipe.model_dump_json())})
 
 
 def splits(task: Task) -> dict[str, Sequence[Problem]]:

@@ -206,7 +206,8 @@ def disagreement(model: Any) -> str:
     from restem.models import logits_of
 
     size = model.get_input_embeddings().num_embeddings
-    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 8, 9, 10]], device=model.device) % size
+    # Spread over the vocabulary: its first tokens are special ones, often untrained, and magnify rounding.
+    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 8, 9, 10]], device=model.device) * (size // 11) % size
     tree = Tree()
     root = tree.add(rows[0, :4].tolist())
     for row in rows.tolist():

@@ -163,7 +163,7 @@ class EngineConfig(Section):
     trainer: str = "auto"
     """"auto", "tree", "toy", or a name registered under the entry point `restem.trainers`."""
     rows: int | None = Field(None, ge=1)
-    """Samples in flight at once; None = chosen from the memory at hand, at most 256 on a CPU."""
+    """Samples in flight at once; None = chosen from the memory at hand, at most 512 on a CPU."""
     shard_samples: int = Field(256, ge=1)
     """Samples per Parquet part, rounded to whole problems: what a kill can cost at most."""
     grade_workers: int = Field(1, ge=1)

@@ -29,7 +29,7 @@ FREE_TO_CHANGE = frozenset({"iterations", "engine.rows", "engine.grade_workers",
 """Keys that a resumed run may change: they move work or add to it, but change no part that exists."""
 
 
-_BEFORE_A_RUN = frozenset({"lock", "log.txt", "toy-base"})
+_BEFORE_A_RUN = frozenset({"lock", "log.txt", "toy-base", "problems"})
 """What a start that failed may leave; a directory with nothing else is as good as empty."""
 
 

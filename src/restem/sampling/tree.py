@@ -101,7 +101,7 @@ class TreeSampler:
     def rows_for(self, width: int, owed: int) -> int:
         """Samples in flight: what memory allows for slots of `width` tokens, a multiple of 16."""
         per_row = self._empty_kv(1).numel() * width * self.dtype.itemsize
-        limit = 256 if self.device.type == "cpu" else 1024
+        limit = 512 if self.device.type == "cpu" else 1024
         wanted = self._rows or min(limit, max(1, _free_bytes(self.device) // 3 // per_row))
         return max(_ROW_ALIGN, -(-min(wanted, owed) // _ROW_ALIGN) * _ROW_ALIGN)
 
@@ -314,8 +314,7 @@ class _Decode:
         self.kv, self.prefix, self.place_R, self.width = kv, prefix, place_R, width
         self.rows_R = torch.arange(len(place_R), device=place_R.device)
         unseen_RT = torch.arange(width, device=place_R.device)[None] > place_R[:, None]
-        self.mask_R11T = torch.zeros(unseen_RT.shape, device=place_R.device).masked_fill_(unseen_RT, float("-inf"))
-        self.mask_R11T = self.mask_R11T[:, None, None]
+        self.mask_R11T = torch.zeros_like(unseen_RT, dtype=kv.dtype).masked_fill_(unseen_RT, float("-inf"))[:, None, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         rows, heads, _, size = q.shape
@@ -324,16 +323,16 @@ class _Decode:
         keys[self.rows_R, :, self.place_R] = k[:, :, 0]
         values[self.rows_R, :, self.place_R] = v[:, :, 0]
         grouped = (q * scale).reshape(rows, groups, heads // groups, size)
-        own = (grouped @ keys[:, :, : self.width].transpose(-1, -2)).float() + self.mask_R11T
+        own = (grouped @ keys[:, :, : self.width].transpose(-1, -2)).add_(self.mask_R11T)
         if not self.prefix.shape[3]:
-            weights = torch.softmax(own, -1).to(q.dtype)
+            weights = torch.softmax(own, -1)  # sums in float32, whatever the format
             return torch.as_tensor((weights @ values[:, :, : self.width]).reshape(q.shape))
         # One product for all rows: the queries of a key-value head, of every row and group, are one long sequence. The prefix
         # comes second, so that a wider slot moves it by whole vectors and no sum changes its order.
         shared_keys, shared_values = self.prefix[layer]
         folded = grouped.transpose(0, 1).reshape(groups, -1, size)
         shared = (folded @ shared_keys.transpose(-1, -2)).view(groups, rows, heads // groups, -1).transpose(0, 1)
-        weights = torch.softmax(torch.cat([own, shared.float()], -1), -1).to(q.dtype)
+        weights = torch.softmax(torch.cat([own, shared], -1), -1)
         out = weights[..., : self.width] @ values[:, :, : self.width]
         folded_weights = weights[..., self.width :].transpose(0, 1).reshape(groups, rows * (heads // groups), -1)
         out = out + (folded_weights @ shared_values).view(groups, rows, -1, size).transpose(0, 1)

@@ -76,7 +76,7 @@ def load(*, data: Path | None = None, sizes: Sizes, seed: int = 0, options: Mapp
         test=splits["test"],
         prompt=Prompt(style="few-shot", exemplars=EXEMPLARS),
         verifier_spec="math",
-        max_tokens=64,
+        max_tokens=48,
         answer_style="answer-is",
     )
 

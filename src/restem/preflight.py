@@ -14,6 +14,7 @@ from typing import Any, Literal
 from restem.tasks.splits import content_hash
 from restem.tasks.task import Task
 from restem.types import Problem
+from restem.verifiers.pool import as_grade
 
 SHOWN = 20
 """How many findings are listed with their notes; all are counted."""
@@ -120,7 +121,7 @@ def _grade_reference(task: Task, split: str, problem: Problem) -> tuple[Outcome,
     if completion is None:
         return "unchecked", None
     try:
-        grade = task.verifier(problem, completion)
+        grade = as_grade(task.verifier(problem, completion))
     except Exception as error:  # finding out that a user's verifier fails is what this check is for
         return "ungradable", _finding(split, problem, "verifier_error", f"{type(error).__name__}: {error}")
     if grade.reward is None:

@@ -78,7 +78,11 @@ class Run:
             undo.callback(self.directory.close)
             self.backend = open_backend(recipe, self.prompt, self.path, self.talk.say)
             self.base = self.backend.base
-            facts = {"base": self._relative(self.base), "base_fingerprint": self.backend.fingerprint(self.base), **self.backend.facts}
+            facts = {
+                "base": self._relative(self.base),
+                "base_fingerprint": self.backend.fingerprint(self.base),
+                **self.backend.facts,
+            }
             if not self.directory.is_new:
                 self.directory.go_on(recipe, self.task, facts, self.command)
                 self.talk.say(f"resuming {self.path}")

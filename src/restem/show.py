@@ -71,8 +71,23 @@ def scores_table(scores: dict[str, Any]) -> str:
 
 
 def check_text(report: dict[str, Any]) -> str:
-    """The outcome of a pre-flight in words."""
-    return str(report["text"])
+    """The outcome of a pre-flight in words (`restem.preflight.CheckReport.as_dict`)."""
+    rows = [
+        [name, *(str(split[key]) for key in ("problems", "accepted", "rejected", "ungradable", "unchecked"))]
+        for name, split in report["splits"].items()
+    ]
+    lines = [
+        f"{report['task']}, verifier {report['verifier']}: every reference graded against itself",
+        table(["split", "problems", "accepted", "rejected", "ungradable", "unchecked"], rows),
+        *report["notes"],
+    ]
+    overlaps = {pair: ids for pair, ids in report["overlap"].items() if ids}
+    lines += [f"overlap of {pair}: {len(ids)} problems ({', '.join(ids[:5])})" for pair, ids in overlaps.items()]
+    lines += [f"{name} repeats {len(s['repeated'])} problems" for name, s in report["splits"].items() if s["repeated"]]
+    if not overlaps:
+        lines.append("overlap of train, val, test and exemplars by content hash: none")
+    lines += [f"{f['split']} {f['problem_id']}: {f['reference']!r} {f['reason']} {f['note']}" for f in report["findings"]]
+    return "\n".join([*lines, "ok" if report["ok"] else "not ok: mend what is listed, or give another task.verifier"])
 
 
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:

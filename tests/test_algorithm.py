@@ -15,10 +15,11 @@ import pytest
 
 from restem import evaluation, load_recipe, load_task, sampling, toy
 from restem.algorithm import improve
+from restem.candidate import Candidate
 from restem.estep import read_stage
 from restem.files import read_json, read_metadata, read_rows
 from restem.prompts import Exemplar, Prompt
-from restem.run import Candidate, task_of
+from restem.run import task_of
 from restem.rundir import read_problems
 from restem.show import result_table
 from restem.summary import warnings

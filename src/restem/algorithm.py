@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from restem.run import Candidate, Run
+from restem.candidate import Candidate
+from restem.run import Run
 from restem.types import Example
 
 

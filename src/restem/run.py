@@ -6,49 +6,33 @@ same algorithm and finds most of it done. A method's result is a function of the
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from restem import evaluation
 from restem.backends import open_backend, prompt_of
+from restem.candidate import Candidate, as_dict, from_dict, relative
 from restem.config import Recipe
 from restem.errors import RestemError
 from restem.estep import Stage, draw
-from restem.files import finish_directory, read_json, remove_directory, write_json, write_rows
+from restem.files import finish_directory, read_json, remove_directory, write_json, write_text
 from restem.progress import Talk
 from restem.rundir import RunDirectory
 from restem.sampling import Decoding
-from restem.selection import select
+from restem.selection import select, write_selection
 from restem.statistics import Interval
 from restem.summary import summarise
 from restem.tasks import Task, load_task
 from restem.training import Interval as TrainingInterval
 from restem.types import Example, Problem, Sample
 from restem.verifiers.pool import VerifierPool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A model with its reward on D_val."""
-
-    model: str
-    """Its directory."""
-    fingerprint: str
-    """Hash of its weights."""
-    reward: float
-    """Mean over D_val problems of the mean reward of their samples."""
-    low: float
-    high: float
-    n: int
-    """D_val problems behind the reward."""
-    iteration: int = 0
-    interval: int = 0
-    """Evaluation interval of the M-step; 0 = candidate 0, not trained in this iteration."""
 
 
 class Run:
@@ -79,7 +63,7 @@ class Run:
             self.backend = open_backend(recipe, self.prompt, self.path, self.talk.say)
             self.base = self.backend.base
             facts = {
-                "base": self._relative(self.base),
+                "base": relative(self.path, self.base),
                 "base_fingerprint": self.backend.fingerprint(self.base),
                 **self.backend.facts,
             }
@@ -146,25 +130,14 @@ class Run:
         """D_i: written to examples.parquet, with what became of every sample in selection.json."""
         stream = f"{self.recipe.seed}/iteration {iteration}/select"
         selection = select(self.task.train, samples, self.backend.renderer, self.recipe.select, stream=stream)
-        rows = [
-            {
-                "problem_id": e.problem_id,
-                "index": e.index,
-                "weight": e.weight,
-                "prompt_ids": list(e.prompt_ids),
-                "completion_ids": list(e.completion_ids),
-            }
-            for e in selection.examples
-        ]
         is_new = not (self.at(iteration) / "selection.json").is_file()
-        write_rows(self.at(iteration) / "examples.parquet", rows, _example_schema())
-        write_json(self.at(iteration) / "selection.json", selection.as_dict())
+        write_selection(self.at(iteration), selection)
         if is_new:
             self.talk.say(
-                f"iteration {iteration}: kept {len(rows)} solutions of {selection.covered} problems "
+                f"iteration {iteration}: kept {len(selection.examples)} solutions of {selection.covered} problems "
                 f"({selection.coverage:.0%} of {selection.problems} covered)"
             )
-        if not rows:
+        if not selection.examples:
             cut = selection.counts.get("truncated", 0) / max(1, sum(selection.counts.values()))
             self.talk.warn(
                 f"iteration {iteration} kept 0 of {sum(selection.counts.values())} samples; the model it starts from is "
@@ -178,7 +151,7 @@ class Run:
         if not examples or self._kept(iteration) is not None:
             return
         folder = self.at(iteration) / "improve"
-        write_json(folder / "start.json", {"model": self._relative(start.model), "fingerprint": start.fingerprint})
+        write_json(folder / "start.json", {"model": relative(self.path, start.model), "fingerprint": start.fingerprint})
         stream = f"{self.recipe.seed}/iteration {iteration}/improve"
         name = f"iteration {iteration}: improve"
         with self.talk.stage(name, 1) as watch:
@@ -203,7 +176,7 @@ class Run:
                 if Path(best.model).is_dir():
                     Path(best.model).replace(target)
                 best = replace(best, model=str(target))
-            write_json(self.at(iteration) / "iteration.json", self._as_dict(best))
+            write_json(self.at(iteration) / "iteration.json", as_dict(self.path, best))
             kept = best
             self.talk.say(f"iteration {iteration}: {_verdict(best)}")
         for folder in sorted((self.at(iteration) / "improve").glob("*")):
@@ -246,7 +219,7 @@ class Run:
             for how in decoding
         }
         scores = evaluation.score(
-            model=self._relative(policy.model),
+            model=relative(self.path, policy.model),
             task=self.task.name,
             split="test",
             greedy_samples=drawn["greedy"],
@@ -259,7 +232,7 @@ class Run:
     def finish(self, accepted: Candidate) -> Candidate:
         """End the run: result.json and the report. The accepted policy is the run's model."""
         summary = summarise(self.path, self.recipe)
-        result = {**summary, "model": self._relative(accepted.model), "accepted": self._as_dict(accepted)}
+        result = {**summary, "model": relative(self.path, accepted.model), "accepted": as_dict(self.path, accepted)}
         write_json(self.path / "result.json", result)
         for warning in summary["warnings"]:
             self.talk.warn(warning)
@@ -313,7 +286,7 @@ class Run:
     def _validated(self, model: str, folder: Path, *, iteration: int, interval: int) -> Candidate:
         file = folder / "candidate.json"
         if file.is_file():
-            return self._candidate(read_json(file))
+            return from_dict(self.path, read_json(file))
         unknown = Candidate(
             model=model,
             fingerprint=self.backend.fingerprint(model),
@@ -343,7 +316,7 @@ class Run:
                 "Check the verifier and the references with `restem check`."
             )
         candidate = replace(unknown, reward=reward.value, low=reward.low, high=reward.high, n=reward.n)
-        write_json(file, self._as_dict(candidate))
+        write_json(file, as_dict(self.path, candidate))
         self.talk.say(f"{'':<28} D_val reward {reward.value:.3f} [{reward.low:.3f}, {reward.high:.3f}], n = {reward.n}")
         return candidate
 
@@ -363,7 +336,7 @@ class Run:
 
     def _kept(self, iteration: int) -> Candidate | None:
         file = self.at(iteration) / "iteration.json"
-        return self._candidate(read_json(file)) if file.is_file() else None
+        return from_dict(self.path, read_json(file)) if file.is_file() else None
 
     def _evaluation_of(self, policy: Candidate) -> Path | None:
         for file in sorted(self.path.glob(f"iter-*/eval/{self.task.name}/scores.json")):
@@ -372,36 +345,17 @@ class Run:
         return None
 
     def _copy_evaluation(self, known: Path, folder: Path) -> None:
-        import shutil
-
         with finish_directory(folder) as temporary:
             shutil.copytree(known, temporary, dirs_exist_ok=True)
 
     def _record(self, iteration: int, interval: TrainingInterval) -> None:
         """One line of metrics.jsonl per interval; written once, however often the run is resumed."""
-        import json
-
         file = self.path / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
         if not any((line["iteration"], line["interval"]) == (iteration, interval.number) for line in lines):
             when = time.strftime("%Y-%m-%d %H:%M:%S")
             lines.append({"iteration": iteration, "interval": interval.number, "time": when, **interval.metrics})
-            from restem.files import write_text
-
             write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def _relative(self, model: str) -> str:
-        """Paths inside the run are kept relative to it, so that a run can be moved."""
-        path = Path(model)
-        return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else model
-
-    def _as_dict(self, candidate: Candidate) -> dict[str, Any]:
-        names = ("fingerprint", "reward", "low", "high", "n", "iteration", "interval")
-        return {"model": self._relative(candidate.model), **{name: getattr(candidate, name) for name in names}}
-
-    def _candidate(self, value: dict[str, Any]) -> Candidate:
-        inside = self.path / value["model"]
-        return Candidate(**{**value, "model": str(inside) if not Path(value["model"]).is_absolute() else value["model"]})
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -430,17 +384,3 @@ def _verdict(best: Candidate) -> str:
     if not best.interval:
         return "no interval beat the start on D_val; it is carried forward unchanged"
     return f"interval {best.interval} won with D_val reward {best.reward:.3f} [{best.low:.3f}, {best.high:.3f}]"
-
-
-def _example_schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        {
-            "problem_id": pa.string(),
-            "index": pa.int32(),
-            "weight": pa.float64(),
-            "prompt_ids": pa.list_(pa.int32()),
-            "completion_ids": pa.list_(pa.int32()),
-        }
-    )

@@ -10,9 +10,11 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from restem.config import SelectConfig
+from restem.files import write_json, write_rows
 from restem.types import Example, Problem, Sample
 
 
@@ -82,6 +84,24 @@ def select(
         covered=covered,
         at_limit=at_limit,
     )
+
+
+def write_selection(folder: Path, selection: Selection) -> None:
+    """Write D_i to examples.parquet, then what became of every sample to selection.json."""
+    import pyarrow as pa
+
+    schema = pa.schema(
+        {
+            "problem_id": pa.string(),
+            "index": pa.int32(),
+            "weight": pa.float64(),
+            "prompt_ids": pa.list_(pa.int32()),
+            "completion_ids": pa.list_(pa.int32()),
+        }
+    )
+    rows = [{name: getattr(example, name) for name in schema.names} for example in selection.examples]
+    write_rows(folder / "examples.parquet", rows, schema)
+    write_json(folder / "selection.json", selection.as_dict())
 
 
 def is_kept(sample: Sample, threshold: float) -> bool:

@@ -92,21 +92,18 @@ def evaluate(
     """Score a model on a task's test problems: greedy pass@1, sampled pass@K, with intervals."""
     import tempfile
 
-    from restem.algorithm import rest_em
     from restem.config import load_recipe
     from restem.files import read_json
     from restem.run import Run
     from restem.show import scores_table
 
-    settings: dict[str, Any] = {"iterations": 0, "model": {"base": model}, "task": {"name": task, "train": 1, "val": 1}}
-    settings["task"] |= {key: value for key, value in {"data": data, "test": limit}.items() if value is not None}
-    settings["improve"] = {"val_samples": 1}
-    settings["evaluate"] = {"train_samples": 1}
+    given = {"name": task, "data": data, "test": limit}
+    settings = {"iterations": 0, "model": {"base": model}, "task": {k: v for k, v in given.items() if v is not None}}
     loaded = load_recipe(settings, set_ or [])
     with tempfile.TemporaryDirectory(prefix="restem-") as temporary:
         where = out or Path(temporary) / "run"
         with Run(loaded, where, resume=True, command=f"restem evaluate {model} --task {task}") as opened:
-            rest_em(opened)
+            opened.test(opened.unmeasured(opened.base), 0)
             name = opened.task.name
         scores = read_json(where / "iter-00" / "eval" / name / "scores.json")
     typer.echo(json.dumps(scores) if json_ else scores_table(scores))

@@ -114,6 +114,11 @@ class Run:
         """A model as candidate 0: not trained, with its reward on D_val."""
         return self._validated(model, self.at(0) / "val", iteration=0, interval=0)
 
+    def unmeasured(self, model: str) -> Candidate:
+        """A model whose reward on D_val is not known, nor needed."""
+        nan = float("nan")
+        return Candidate(model=model, fingerprint=self.backend.fingerprint(model), reward=nan, low=nan, high=nan, n=0)
+
     def generate(self, policy: Candidate, iteration: int) -> list[Sample]:
         """The E-step: N samples of the policy for every training problem, graded."""
         return self._draw(
@@ -186,12 +191,15 @@ class Run:
         return kept
 
     def evaluate(self, policy: Candidate, iteration: int) -> None:
-        """Test problems: greedy pass@1 and sampled pass@K. The same weights are never evaluated twice."""
+        """Scores on the test problems, and for the last policy its train accuracy."""
         last = iteration == self.recipe.iterations
         if last:
             self._train_accuracy(policy, iteration)
-        if not (self.recipe.evaluate.every or last or iteration == 0):
-            return
+        if self.recipe.evaluate.every or last or iteration == 0:
+            self.test(policy, iteration)
+
+    def test(self, policy: Candidate, iteration: int) -> None:
+        """Test problems: greedy pass@1 and sampled pass@K. The same weights are never scored twice."""
         folder = self.at(iteration) / "eval" / self.task.name
         if (folder / "scores.json").is_file():
             return
@@ -287,16 +295,7 @@ class Run:
         file = folder / "candidate.json"
         if file.is_file():
             return from_dict(self.path, read_json(file))
-        unknown = Candidate(
-            model=model,
-            fingerprint=self.backend.fingerprint(model),
-            reward=float("nan"),
-            low=float("nan"),
-            high=float("nan"),
-            n=0,
-            iteration=iteration,
-            interval=interval,
-        )
+        unknown = replace(self.unmeasured(model), iteration=iteration, interval=interval)
         decoding = replace(self.decoding, temperature=self.recipe.improve.val_temperature)
         which = f"interval {interval}, D_val" if interval else "D_val"
         samples = self._draw(
@@ -374,7 +373,7 @@ def task_of(recipe: Recipe) -> Task:
         seed=recipe.seed,
         options=t.options,
     )
-    for name, needed in (("train", recipe.iterations > 0), ("val", True), ("test", True)):
+    for name, needed in (("train", recipe.iterations > 0), ("val", recipe.iterations > 0), ("test", True)):
         if needed and not getattr(task, name):
             raise RestemError(f"the task {task.name} has no {name} problems, and a run needs some.")
     return task

@@ -77,9 +77,10 @@ class TreeTrainer:
             self.report(number + 1, len(steps), history[-1])
             if step.interval is not None:
                 metrics = _summary(history, number + 1, len(steps))
-                interval = _write(directory, step.interval, model, tokenizer, optimiser, storage, metrics)
+                if number + 1 < len(steps):  # nothing goes on from the last one
+                    _write_state(directory / f"state-{step.interval}", model, optimiser)
+                yield _write(directory, step.interval, model, tokenizer, storage, metrics)
                 history = []
-                yield interval
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Peak after a linear warm-up, then constant, or falling to 0 at the end linearly or as a cosine. Steps from 0."""
@@ -168,17 +169,18 @@ def _complete_intervals(directory: Path) -> Iterator[Interval]:
         number += 1
 
 
-def _write(
-    directory: Path, number: int, model: Any, tokenizer: Any, optimiser: Any, storage: Any, metrics: dict[str, Any]
-) -> Interval:
-    """The state to go on from first, then the interval: whoever sees an interval finds the state behind it."""
+def _write_state(path: Path, model: Any, optimiser: Any) -> None:
+    """What training goes on from. Written before the interval: whoever sees an interval finds the state behind it."""
     from safetensors.torch import save_file
 
     state = {f"weights/{name}": tensor for name, tensor in _unshared(model)}
     for index, values in optimiser.state_dict()["state"].items():
         state.update({f"optimiser/{index}/{key}": value for key, value in values.items()})
-    with finish_directory(directory / f"state-{number}") as folder:
+    with finish_directory(path) as folder:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, folder / "state.safetensors")
+
+
+def _write(directory: Path, number: int, model: Any, tokenizer: Any, storage: Any, metrics: dict[str, Any]) -> Interval:
     with finish_directory(directory / f"interval-{number}") as folder:
         save_model(model, tokenizer, folder / "model", dtype=storage)
         (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")

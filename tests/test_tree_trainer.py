@@ -487,7 +487,7 @@ def test_row_5_a_second_run_starts_afresh(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Interval]]:
+def straight(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Interval]]:  # noqa: F811
     """A base, and four intervals trained from it without interruption."""
     directory = tmp_path_factory.mktemp("straight")
     start = save(tiny(), directory / "base")

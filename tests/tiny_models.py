@@ -160,7 +160,7 @@ def save(model: Any, directory: Path, *, dtype: torch.dtype = torch.float32) -> 
     return str(directory)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """These models are too small to share between threads."""
     before = torch.get_num_threads()

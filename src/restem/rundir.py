@@ -33,6 +33,10 @@ _BEFORE_A_RUN = frozenset({"lock", "log.txt", "toy-base", "problems"})
 """What a start that failed may leave; a directory with nothing else is as good as empty."""
 
 
+def _is_of_a_run(name: str) -> bool:
+    return name not in _BEFORE_A_RUN and not name.startswith(".tmp-")
+
+
 class RunDirectory:
     """An open, locked run directory."""
 
@@ -48,7 +52,7 @@ class RunDirectory:
         made = path / "run.json"
         if path.exists() and not path.is_dir():
             raise RestemError(f"{path} is a file; give another --out.")
-        is_used = path.is_dir() and any(item.name not in _BEFORE_A_RUN for item in path.iterdir())
+        is_used = path.is_dir() and any(_is_of_a_run(item.name) for item in path.iterdir())
         if is_used and not (resume and made.is_file()):
             what = "holds a run already" if made.is_file() else "is not empty"
             raise RestemError(

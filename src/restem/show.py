@@ -57,7 +57,7 @@ def result_table(result: dict[str, Any], out: Path) -> str:
         "",
         "next:    " + f"restem export {out} DIR        the model and its data set, with cards",
         f"         restem run RECIPE --set seed=1 --out {out}-seed1        is it more than luck?",
-        f"         restem run RECIPE --set task.name=mine.jsonl --out {out}-mine        your own problems",
+        "         restem run mine.toml        your own problems: docs/your-own-task.md",
     ]
     return "\n".join(text)
 

@@ -18,13 +18,13 @@ from safetensors import safe_open
 
 import tiny_models
 from restem import models
+from restem.compatibility import tree_attention
 from restem.config import ImproveConfig, SelectConfig
 from restem.errors import RestemError
 from restem.sampling import Decoding, Owed, TreeSampler
 from restem.selection import select
 from restem.training import Interval, TreeTrainer
 from restem.training.batches import Pack, make_packs, plan_steps, token_weights
-from restem.tree import tree_attention
 from restem.types import Example
 from tiny_models import END, REFUSED, SERVED, VOCABULARY, bigram, few_shot, one_thread, problems, save, tiny  # noqa: F401
 

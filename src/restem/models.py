@@ -140,41 +140,15 @@ def end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
 
 
 def logits_of(model: Any, hidden: Any) -> Any:
-    """Logits of last hidden states, scaled as the model's own forward pass does."""
+    """Logits of last hidden states, scaled and capped as the model's own forward pass does."""
     logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         return logits / divisor
     if factor := getattr(config, "logit_scale", None):  # Cohere
         return logits * factor
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        return (logits / cap).tanh() * cap
     return logits
-
-
-def refuse_unsupported(model: Any) -> None:
-    """Raise RestemError for a model that the tree does not compute as the model does itself; better than a wrong answer."""
-    from restem.tree import disagreement
-
-    reasons = _known_reasons(model.config)
-    if not reasons and not getattr(model, "_supports_attention_backend", False):
-        reasons = ["its code does not let transformers exchange its attention"]
-    if not reasons and (reason := disagreement(model)):
-        reasons = [reason]
-    if reasons:
-        raise RestemError(f"the tree cannot serve this {model.config.model_type} model: {'; '.join(reasons)}.")
-
-
-def _known_reasons(config: Any) -> list[str]:
-    text = config.get_text_config()
-    reasons = []
-    if getattr(config, "is_encoder_decoder", False):
-        reasons.append("it is an encoder-decoder")
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        reasons.append(f"its layers are of the kinds {', '.join(sorted(kinds))}")
-    elif getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
-        reasons.append(f"its attention has a sliding window of {text.sliding_window} tokens")
-    if getattr(text, "attn_logit_softcapping", None) or getattr(text, "final_logit_softcapping", None):
-        reasons.append("it caps its logits")
-    return reasons
 
 
 def compute_dtype(choice: str, device: str) -> Any:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from restem.attention import AttentionPlan, PackAttention
+from restem.compatibility import refuse_unsupported, tree_attention
 from restem.config import ImproveConfig
 from restem.errors import RestemError
 from restem.files import finish_directory, remove_directory
-from restem.models import load_model, load_tokenizer, logits_of, refuse_unsupported, save_model, storage_dtype
+from restem.models import load_model, load_tokenizer, logits_of, save_model, storage_dtype
 from restem.training import Interval, check_examples
 from restem.training.batches import Pack, Step, make_packs, plan_steps
-from restem.tree import PackAttention, tree_attention
 from restem.types import Example
 
 _CHUNK = 512  # targets whose logits are in memory at once
@@ -127,7 +128,7 @@ class TreeTrainer:
                 input_ids=self._tensor([pack.tree.tokens]),
                 position_ids=self._tensor([pack.tree.positions]),
                 use_cache=False,
-                tree=PackAttention(pack.tree.plan(self.device)),
+                tree=PackAttention(AttentionPlan.of(pack.tree, self.device)),
             ).last_hidden_state[0, self._tensor(pack.sources)]
             targets = self._tensor(pack.targets)
             weights = torch.tensor(pack.weights, dtype=torch.float32, device=self.device)

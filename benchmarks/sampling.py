@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -228,6 +229,7 @@ class VLLM:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
             env=environment,
             text=True,
         )
@@ -244,7 +246,7 @@ class VLLM:
         return float(self._answer("speed"))
 
     def close(self) -> None:
-        self.process.terminate()
+        os.killpg(self.process.pid, signal.SIGKILL)  # its workers outlive it otherwise
         self.process.wait()
 
     def _answer(self, word: str) -> str:

@@ -384,3 +384,72 @@ def test_no_padding_token_is_needed() -> None:
     assert model.config.pad_token_id is None
     stage = problems(3)
     assert len(draw(model, renderer, stage, owe(stage, 2), PAPER)) == 6
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_is_served() -> None:
+    """Models pad their output layer; a token that has no text is a token like any other."""
+    model, renderer, stage = tiny(), few_shot(), problems(3)
+    model.resize_token_embeddings(tiny_models.VOCABULARY + 40, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[-40:] = model.lm_head.weight[5:45] * 1.3
+    samples = draw(model, renderer, stage, owe(stage, 20), PAPER)
+    assert any(token >= tiny_models.VOCABULARY for sample in samples.values() for token in sample.token_ids)
+    assert all(renderer.decode(sample.token_ids) == sample.text for sample in samples.values())
+
+
+# --- memory and pace --------------------------------------------------------------------------------------------------------
+
+
+def test_running_out_of_memory_halves_the_rows_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device refuses more than 40 rows at once; every sample still comes, and is the one that it would have been."""
+    model, renderer, stage = tiny(), few_shot(), problems(5)
+    owed = owe(stage, 20)
+    expected = tokens(draw(model, renderer, stage, owed, PAPER))
+    own = TreeSampler.forward
+
+    def forward(self: TreeSampler, ids: torch.Tensor, positions: torch.Tensor, attends: Any) -> torch.Tensor:
+        if len(ids) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, ids, positions, attends)
+
+    monkeypatch.setattr(TreeSampler, "forward", forward)
+    said: list[str] = []
+    sampler = TreeSampler(model, renderer, say=said.append)
+    samples = list(sampler.sample(stage, owed, PAPER, stream="run 1"))
+    assert {(s.problem_id, s.index): s.token_ids for s in samples} == expected
+    assert len(samples) == len(owed)
+    assert any("out of memory" in text for text in said)
+
+
+def test_no_memory_at_all_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    model, stage = tiny(), problems(2)
+    sampler = TreeSampler(model, few_shot())
+    monkeypatch.setattr(TreeSampler, "forward", forward)
+    with pytest.raises(RestemError, match=r"generate\.max_tokens"):
+        list(sampler.sample(stage, owe(stage, 2), PAPER, stream="run 1"))
+
+
+def test_the_memory_of_keys_and_values_is_stated_before_anything_is_drawn() -> None:
+    said: list[str] = []
+    stage = problems(2)
+    sampler = TreeSampler(tiny(), few_shot(), rows=32, say=said.append)
+    next(sampler.sample(stage, owe(stage, 32), PAPER, stream="run 1"))
+    assert said == [said[0]]
+    assert "at most 32 samples in flight" in said[0]
+
+
+def test_more_rows_are_tried_as_long_as_they_make_the_machine_faster() -> None:
+    from restem.sampling.flight import Pace
+
+    def settled(seconds: Any, most: int) -> int:
+        pace = Pace(64, most)
+        for _ in range(200):
+            pace.step(pace.rows, seconds(pace.rows))
+        return pace.rows
+
+    assert settled(lambda rows: 1.0, 1000) == 1000  # a step costs the same whatever it holds
+    assert settled(lambda rows: 0.01 * rows, 1000) == 64  # no gain: one doubling shows it
+    assert settled(lambda rows: max(1.0, rows / 300), 1000) == 512

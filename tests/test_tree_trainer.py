@@ -562,7 +562,7 @@ def test_no_interval_of_a_diverged_run_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "interval-1").exists()
 
 
-@pytest.mark.parametrize("name", ["mistral", "bloom"])
+@pytest.mark.parametrize("name", ["mamba", "bloom"])
 def test_a_model_that_the_tree_would_compute_wrongly_is_not_trained(tmp_path: Path, name: str) -> None:
     start = save(tiny(name, table=REFUSED), tmp_path / "base")
     with pytest.raises(RestemError, match=f"cannot serve this {name} model"):

@@ -42,6 +42,10 @@ _ALIKE = ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pa
 _GPT2 = {**{key: _COMMON[key] for key in _ALIKE}, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 512}
 _NEOX = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
 _GRANITE = {"logits_scaling": 3.0, "attention_multiplier": 0.2, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
+_WINDOW = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+# With tied embeddings as large as these, Gemma repeats its last token for ever.
+_UNTIED = {"tie_word_embeddings": False, "head_dim": 8, "query_pre_attn_scalar": 8}
+_CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 20.0}
 
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**_COMMON, "num_hidden_layers": 3, "head_dim": 8}),
@@ -57,13 +61,34 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", {**_COMMON, "logit_scale": 0.25}),
     "gpt-neox": ("GPTNeoXConfig", _NEOX),
     "gpt2": ("GPT2Config", _GPT2),
+    "mistral-window": ("MistralConfig", {**_COMMON, "sliding_window": 24}),
+    "phi3-window": ("Phi3Config", {**_COMMON, "sliding_window": 24}),
+    "qwen2-window": ("Qwen2Config", {**_COMMON, **_WINDOW, "use_sliding_window": True}),
+    "cohere2": ("Cohere2Config", {**_COMMON, **_WINDOW, "head_dim": 8, "logit_scale": 0.25}),
+    "olmo3": ("Olmo3Config", {**_COMMON, **_WINDOW}),
+    "gemma2": ("Gemma2Config", {**_COMMON, **_WINDOW, **_UNTIED, **_CAPS}),
+    "gemma2-no-caps": (
+        "Gemma2Config",
+        {**_COMMON, **_WINDOW, **_UNTIED, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3": ("Gemma3TextConfig", {**_COMMON, **_WINDOW, **_UNTIED}),
 }
 """Architectures that the tree computes."""
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "mistral": ("MistralConfig", {**_COMMON, "sliding_window": 32}),
-    "gemma2": ("Gemma2Config", {**_COMMON, "head_dim": 8}),
-    "t5": ("T5Config", {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}),
+    "mamba": ("MambaConfig", {**{key: _COMMON[key] for key in _ALIKE}, "hidden_size": 48, "num_hidden_layers": 2}),
+    "t5": (
+        "T5Config",
+        {
+            "vocab_size": VOCABULARY,
+            "initializer_factor": 3.0,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+        },
+    ),
     "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 4}),
     "bloom": ("BloomConfig", {**{key: _COMMON[key] for key in _ALIKE}, "hidden_size": 48, "n_layer": 2, "n_head": 6}),
     "stablelm": ("StableLmConfig", _COMMON),
@@ -79,7 +104,10 @@ def tiny(name: str = "llama", *, seed: int = 0, table: Mapping[str, tuple[str, d
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(config, dtype=torch.float32).eval()
+        # transformers caps attention scores in its eager attention only.
+        capped = getattr(config, "attn_logit_softcapping", None)
+        attention = {"attn_implementation": "eager"} if capped else {}
+        return auto.from_config(config, dtype=torch.float32, **attention).eval()
 
 
 def scripted(script: Sequence[str | int], *, after: str = ":") -> Any:

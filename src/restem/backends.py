@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from restem import sampling, toy, training
 from restem.config import Recipe
@@ -71,7 +71,7 @@ class HFBackend:
     def __init__(self, recipe: Recipe, prompt: Prompt, say: Callable[[str], None]) -> None:
         from restem import models
 
-        self.recipe = recipe
+        self.recipe, self.say = recipe, say
         self.base = models.locate(recipe.model.base, say=say)
         self.device = models.pick_device(recipe.model.device)
         self.dtype = models.compute_dtype(recipe.model.dtype, self.device)
@@ -89,13 +89,24 @@ class HFBackend:
             self._sampler = None  # free the former model before the next is loaded
             trust = self.recipe.model.trust_remote_code
             loaded = models.load_model(model, dtype=self.dtype, device=self.device, trust_remote_code=trust)
-            engine = self.recipe.engine
-            if engine.sampler in ("auto", "tree"):
-                sampler: Sampler = sampling.TreeSampler(loaded, self.renderer, rows=engine.rows)
-            else:
-                sampler = sampling.plugin(engine.sampler)(loaded, self.renderer, rows=engine.rows)
-            self._sampler = (model, sampler)
+            self._sampler = (model, self._sampler_of(loaded))
         return self._sampler[1]
+
+    def _sampler_of(self, model: Any) -> Sampler:
+        engine = self.recipe.engine
+        if engine.sampler not in ("auto", "tree", "generate"):
+            return cast(Sampler, sampling.plugin(engine.sampler)(model, self.renderer, rows=engine.rows))
+        from restem.compatibility import Unsupported
+        from restem.sampling.generate import GenerateSampler
+
+        if engine.sampler != "generate":
+            try:
+                return sampling.TreeSampler(model, self.renderer, rows=engine.rows, say=self.say)
+            except Unsupported as error:
+                if engine.sampler == "tree" or (self.recipe.iterations and engine.trainer in ("auto", "tree")):
+                    raise  # what cannot be trained need not be sampled first
+                self.say(f"warning: {error} It is sampled with transformers' `generate`, which is many times slower.")
+        return GenerateSampler(model, self.renderer, rows=engine.rows)
 
     def open_trainer(self, report: Report) -> Trainer:
         from restem import models

@@ -49,20 +49,19 @@ def tree_attention(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def why_not(model: Any) -> str:
-    """Why the tree cannot compute this model as the model does itself; "" if it can."""
+class Unsupported(RestemError):
+    """A model that the tree does not compute as the model does itself."""
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Raise Unsupported, with the reason, for a model that the tree would compute wrongly."""
     reasons = _known_reasons(model.config)
     if not reasons and not getattr(model, "_supports_attention_backend", False):
         reasons = ["its code does not let transformers exchange its attention"]
     if not reasons and (reason := disagreement(model)):
         reasons = [reason]
-    return "; ".join(reasons)
-
-
-def refuse_unsupported(model: Any) -> None:
-    """Raise RestemError for a model that the tree does not compute as the model does itself; better than a wrong answer."""
-    if reason := why_not(model):
-        raise RestemError(f"the tree cannot serve this {model.config.model_type} model: {reason}.")
+    if reasons:
+        raise Unsupported(f"the tree cannot serve this {model.config.model_type} model: {'; '.join(reasons)}.")
 
 
 def _known_reasons(config: Any) -> list[str]:

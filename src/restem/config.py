@@ -159,11 +159,12 @@ class EvaluateConfig(Section):
 
 class EngineConfig(Section):
     sampler: str = "auto"
-    """"auto", "tree", "toy", or a name registered under the entry point `restem.samplers`."""
+    """"auto" = the tree, and `generate` with a warning for a model that the tree cannot serve; "tree", "generate", "toy", or a
+    name registered under the entry point `restem.samplers`."""
     trainer: str = "auto"
     """"auto", "tree", "toy", or a name registered under the entry point `restem.trainers`."""
     rows: int | None = Field(None, ge=1)
-    """Samples in flight at once; None = chosen from the memory at hand, at most 512 on a CPU."""
+    """Most samples in flight; None = as many as make the machine faster, within a third of the free memory."""
     shard_samples: int = Field(256, ge=1)
     """Samples per Parquet part, rounded to whole problems: what a kill can cost at most."""
     grade_workers: int = Field(1, ge=1)

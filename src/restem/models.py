@@ -26,10 +26,10 @@ def locate(name: str, *, say: Callable[[str], None] | None = None) -> str:
         return str(embedded_model(progress=say))
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             raise RestemError(
                 f"the model directory {path} has no config.json, so it is no Hugging Face model directory. "
-                "Give the folder that save_pretrained wrote."
+                "Give the folder that save_pretrained wrote: of a model, or of a LoRA adapter."
             )
         return str(path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -58,22 +58,57 @@ def _from_hub(name: str) -> str:
 
 def load_model(path: str, *, dtype: Any, device: str = "cpu", trust_remote_code: bool = False) -> Any:
     """Load the weights (safetensors only) of a causal language model onto a device, ready for inference."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    import transformers
 
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    if is_adapter(path):
+        return _merged(path, trust_remote_code=trust_remote_code).to(device=device, dtype=dtype).eval()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        seq2seq = getattr(config, "is_encoder_decoder", False)
+        auto: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise RestemError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return model.to(device).eval()
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a directory holds a LoRA adapter instead of a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def adapted(path: str | Path) -> str:
+    """The directory of the model that an adapter adapts; a whole model's own directory."""
+    if not is_adapter(path):
+        return str(path)
+    name = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise RestemError(f"the adapter in {path} does not name its base model (base_model_name_or_path)")
+    return locate(str(name))
+
+
+def _merged(path: str, *, trust_remote_code: bool) -> Any:
+    """An adapter's base with the adapter added to its weights, in float32."""
+    import torch
+
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise MissingExtra("peft", "lora", "Loading a LoRA adapter") from None
+    base = load_model(adapted(path), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    try:
+        return PeftModel.from_pretrained(base, path).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise RestemError(f"the adapter in {path} does not fit its base {adapted(path)}: {reason}") from None
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = adapted(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -97,10 +132,10 @@ def save_model(model: Any, tokenizer: Any, directory: Path, *, dtype: Any) -> No
 
 
 def storage_dtype(path: str) -> Any:
-    """The number format in which a model directory stores its weights; float32 where it does not say."""
+    """The number format in which a model directory stores its weights (of an adapter: its base); float32 if it does not say."""
     import torch
 
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((Path(adapted(path)) / "config.json").read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, str(name), torch.float32)
 
@@ -108,8 +143,16 @@ def storage_dtype(path: str) -> Any:
 def fingerprint(path: str) -> str:
     """Hash of the names and values of a model directory's weights: 16 hexadecimal digits.
 
-    Values are compared as float32, so that a bfloat16 model and its exact float32 copy agree.
+    Values are compared as float32, so that a bfloat16 model and its exact float32 copy agree. An adapter's hash is made of its
+    own and its base's.
     """
+    if is_adapter(path):
+        both = _fingerprint(path) + fingerprint(adapted(path))
+        return hashlib.blake2b(both.encode(), digest_size=8).hexdigest()
+    return _fingerprint(path)
+
+
+def _fingerprint(path: str) -> str:
     from safetensors import safe_open
 
     files = sorted(Path(path).glob("*.safetensors"))

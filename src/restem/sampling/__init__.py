@@ -71,9 +71,27 @@ def uniforms(stream: str, owed: Owed, count: int) -> np.ndarray[Any, np.dtype[np
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
 
 
+def by_problem(owed: Iterable[Owed]) -> dict[str, list[int]]:
+    """Owed samples of a problem together, so that its prompt is computed once; order of first appearance."""
+    grouped: dict[str, list[int]] = {}
+    for problem_id, index in owed:
+        grouped.setdefault(problem_id, []).append(index)
+    return grouped
+
+
+def check_lengths(prompts: dict[str, tuple[int, ...]], context: int) -> None:
+    """Refuse a prompt that leaves no room for a completion, by the name of its problem."""
+    for name, prompt in prompts.items():
+        if len(prompt) >= context:
+            raise RestemError(
+                f"the prompt of problem {name} has {len(prompt)} tokens, and the model's context holds {context}. "
+                "Use fewer exemplars (prompt.shots), or leave the problem out."
+            )
+
+
 def names() -> list[str]:
     """The samplers that a recipe may name."""
-    return ["tree", "toy", *sorted(point.name for point in entry_points(group="restem.samplers"))]
+    return ["tree", "generate", "toy", *sorted(point.name for point in entry_points(group="restem.samplers"))]
 
 
 def plugin(name: str) -> Any:

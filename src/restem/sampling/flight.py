@@ -70,27 +70,31 @@ class Row:
 
 
 class Pace:
-    """How many rows to keep in flight: doubled as long as that makes the machine faster, up to what memory allows."""
+    """How many rows to keep in flight: doubled while that makes the machine faster by more than a trifle, up to `most`."""
 
     _STEPS = 6
 
     def __init__(self, first: int, most: int) -> None:
         self.rows, self.most = min(first, most), most
-        self._speed, self._steps = 0.0, 0
+        self._best = (0.0, self.rows)
+        self._settled = self.rows == most
         self._seconds: list[float] = []
 
     def step(self, rows: int, seconds: float) -> None:
         """A step of so many rows took so long."""
-        if rows < self.rows or self.rows >= self.most:
+        if self._settled or rows < self.rows:
             return
         self._seconds.append(seconds)
         if len(self._seconds) < self._STEPS:
             return
         speed, self._seconds = rows / float(np.median(self._seconds)), []
-        if speed > 1.04 * self._speed:
-            self._speed, self.rows = speed, min(2 * self.rows, self.most)
+        if speed > 1.04 * self._best[0]:
+            self._best = speed, self.rows
+            self._settled = self.rows == self.most
+            self.rows = min(2 * self.rows, self.most)
         else:
-            self.most = self.rows
+            self._settled = True
+            self.rows = self._best[1]
 
 
 class Flight:

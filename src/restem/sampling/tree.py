@@ -24,7 +24,7 @@ from restem.errors import RestemError
 from restem.memory import free_bytes, keep_freed_memory
 from restem.models import end_ids, logits_of
 from restem.prompts import Renderer
-from restem.sampling import Decoding, Owed
+from restem.sampling import Decoding, Owed, by_problem, check_lengths
 from restem.sampling.flight import ROW_ALIGN, Flight, Pace
 from restem.sampling.packed import PackedLinears
 from restem.sampling.slots import KV, whole_blocks
@@ -74,20 +74,22 @@ class TreeSampler:
         """Yield every owed sample once, in the order in which they finish. `problems` is the whole stage."""
         prompts = {problem.id: self.renderer.encode(problem) for problem in problems}
         check_lengths(prompts, self.context)
-        queue = _by_problem(owed)
+        queue = by_problem(owed)
         if not queue:
             return
+        most = self._rows
         with tree_attention(self.model), self._packed:
-            prefix = self._compute_prefix(prompts)
-            pace = self._pace(prompts, queue, prefix, decoding)
             while queue:
-                flight = Flight(self, prefix, prompts, queue, decoding, stream, pace)
+                flight = None
                 try:
+                    prefix = self._compute_prefix(prompts)
+                    pace = self._pace(prompts, queue, prefix, decoding, most)
+                    flight = Flight(self, prefix, prompts, queue, decoding, stream, pace)
                     yield from flight.run()
                     return
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    queue = flight.owed()  # those in flight begin again, and come out the same
-                    pace = self._with_fewer_rows(pace, len(flight.rows), error)
+                except RuntimeError as error:  # torch.OutOfMemoryError is one
+                    most = self._fewer_rows(error, 0 if flight is None else len(flight.rows))
+                    queue = queue if flight is None else flight.owed()  # those in flight begin again, and come out the same
 
     def forward(self, tokens: Tensor, positions: Tensor, attends: Any) -> Tensor:
         """Last hidden states [B, T, hidden]."""
@@ -129,7 +131,12 @@ class TreeSampler:
     # --- memory -------------------------------------------------------------------------------------------------------------
 
     def _pace(
-        self, prompts: dict[str, tuple[int, ...]], queue: dict[str, list[int]], prefix: Prefix, decoding: Decoding
+        self,
+        prompts: dict[str, tuple[int, ...]],
+        queue: dict[str, list[int]],
+        prefix: Prefix,
+        decoding: Decoding,
+        wanted: int | None,
     ) -> Pace:
         """Rows in flight that a third of the free memory holds at their longest; says what that comes to."""
         per_token = self._bytes_per_token()
@@ -141,7 +148,7 @@ class TreeSampler:
         most = min(int(free / 3 / per_row), 1024 if self.device.type == "cpu" else 4096)
         if most < ROW_ALIGN:
             self.say(f"memory is short: {free / 1e9:.2f} GB free, and {ROW_ALIGN} samples need {ROW_ALIGN * per_row / 1e9:.2f}")
-        most = max(ROW_ALIGN, min(self._rows or most, sum(map(len, queue.values()))))
+        most = max(ROW_ALIGN, min(wanted or most, sum(map(len, queue.values()))))
         text = (
             f"at most {most} samples in flight: {most * per_row / 1e9:.2f} GB of keys and values "
             f"({per_row / 1e6:.1f} MB each), and {prefix.length * per_token / 1e6:.0f} MB for {prefix.length} shared tokens"
@@ -149,7 +156,7 @@ class TreeSampler:
         if text != self._said:
             self._said = text
             self.say(text)
-        return Pace(most if self._rows else 128 if self.device.type == "cpu" else 256, most)
+        return Pace(most if wanted else 128 if self.device.type == "cpu" else 256, most)
 
     def _bytes_per_token(self) -> int:
         config = self.model.config.get_text_config()
@@ -157,29 +164,19 @@ class TreeSampler:
         size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         return int(config.num_hidden_layers * 2 * heads * size * self.dtype.itemsize)
 
-    def _with_fewer_rows(self, pace: Pace, rows: int, error: Exception) -> Pace:
-        """Half as many rows after running out of memory; any other error goes on its way."""
+    def _fewer_rows(self, error: RuntimeError, rows: int) -> int:
+        """Half the rows that were in flight when memory ran out; any other error goes on its way."""
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        fewer = min(pace.most, max(rows, ROW_ALIGN)) // 2
-        if fewer < ROW_ALIGN:
+        if rows // 2 < ROW_ALIGN:
             raise RestemError(
-                f"memory is not enough for {ROW_ALIGN} samples in flight. Lower generate.max_tokens, use fewer exemplars "
-                "(prompt.shots), or free memory on this device."
+                f"memory is not enough for {max(rows, ROW_ALIGN)} samples in flight. Lower generate.max_tokens, use fewer "
+                "exemplars (prompt.shots), or free memory on this device."
             ) from error
-        self.say(f"out of memory with {rows} samples in flight; going on with {fewer}")
-        return Pace(fewer, fewer)
-
-
-def check_lengths(prompts: dict[str, tuple[int, ...]], context: int) -> None:
-    for name, prompt in prompts.items():
-        if len(prompt) >= context:
-            raise RestemError(
-                f"the prompt of problem {name} has {len(prompt)} tokens, and the model's context holds {context}. "
-                "Use fewer exemplars (prompt.shots), or leave the problem out."
-            )
+        self.say(f"out of memory with {rows} samples in flight; going on with {rows // 2}")
+        return rows // 2
 
 
 class _Capture:
@@ -215,11 +212,3 @@ class _Prefill:
         before = near(self.plan.position_T, torch.arange(self.prefix.length, device=q.device), rule.window)
         seen = torch.cat([before, self.plan.visible(rule.window)], 1)
         return dense(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), seen, rule)
-
-
-def _by_problem(owed: Iterable[Owed]) -> dict[str, list[int]]:
-    """Owed samples of a problem together, so that its prompt is computed once; order of first appearance."""
-    grouped: dict[str, list[int]] = {}
-    for problem_id, index in owed:
-        grouped.setdefault(problem_id, []).append(index)
-    return grouped

@@ -63,7 +63,7 @@ class TreeSampler:
         self.end_ids = end_ids(model, renderer)
         self._rows = rows
         self._prefix: tuple[tuple[int, ...], Prefix] | None = None
-        self._said = ""
+        self._stated = 0.0  # bytes that the user knows of
         self._packed = PackedLinears(model)
         # Fewer query rows than 16 in a product: float32 kernels may sum in another order.
         shared = self.heads // int(getattr(config, "num_key_value_heads", None) or self.heads)
@@ -153,8 +153,8 @@ class TreeSampler:
             f"at most {most} samples in flight: {most * per_row / 1e9:.2f} GB of keys and values "
             f"({per_row / 1e6:.1f} MB each), and {prefix.length * per_token / 1e6:.0f} MB for {prefix.length} shared tokens"
         )
-        if text != self._said:
-            self._said = text
+        if most * per_row > self._stated:
+            self._stated = most * per_row
             self.say(text)
         return Pace(most if wanted else 128 if self.device.type == "cpu" else 256, most)
 

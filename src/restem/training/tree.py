@@ -22,6 +22,7 @@ from restem.compatibility import refuse_unsupported, tree_attention
 from restem.config import ImproveConfig
 from restem.errors import RestemError
 from restem.files import finish_directory, remove_directory
+from restem.memory import keep_freed_memory
 from restem.models import load_model, load_tokenizer, logits_of, save_model, storage_dtype
 from restem.training import Interval, check_examples
 from restem.training.batches import Pack, Step, make_packs, plan_steps
@@ -47,6 +48,7 @@ class TreeTrainer:
 
     def train(self, start: str, examples: Sequence[Example], directory: Path, *, stream: str) -> Iterator[Interval]:
         check_examples(examples)
+        keep_freed_memory()
         steps = plan_steps(examples, self.settings, stream=stream)
         done = 0
         for interval in _complete_intervals(directory):

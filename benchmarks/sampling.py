@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--shape", default="few-shot,zero-shot,greedy,long", help=", ".join(SHAPES))
     parser.add_argument("--peers", default="generate,generate-n,continuous,vllm")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--problems", type=int, help="fewer problems than the shape has, for everyone")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--vllm-python", default="", help="the Python of an environment with vLLM; without it vLLM is left out")
@@ -93,6 +94,7 @@ def main() -> None:
     print(f"model and tokenizer loaded {time.perf_counter() - began:.1f} s after the imports", file=sys.stderr)
     for name in options.shape.split(","):
         shape = SHAPES[name]
+        shape = replace(shape, problems=min(shape.problems, options.problems or shape.problems))
         prompt = Prompt(exemplars=EXEMPLARS[: shape.shots])
         stage = list(load_task("arithmetic").test[: shape.problems])
         work = Work(shape, path, model, Renderer(prompt, tokenizer), stage)

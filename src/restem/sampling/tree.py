@@ -63,6 +63,7 @@ class TreeSampler:
         self.end_ids = end_ids(model, renderer)
         self._rows = rows
         self._prefix: tuple[tuple[int, ...], Prefix] | None = None
+        self._first = rows or (128 if self.device.type == "cpu" else 256)  # rows to begin with; later what the pace found
         self._stated = 0.0  # bytes that the user knows of
         self._packed = PackedLinears(model)
         # Fewer query rows than 16 in a product: float32 kernels may sum in another order.
@@ -77,18 +78,18 @@ class TreeSampler:
         queue = by_problem(owed)
         if not queue:
             return
-        most = self._rows
         with tree_attention(self.model), self._packed:
             while queue:
                 flight = None
                 try:
                     prefix = self._compute_prefix(prompts)
-                    pace = self._pace(prompts, queue, prefix, decoding, most)
+                    pace = self._pace(prompts, queue, prefix, decoding)
                     flight = Flight(self, prefix, prompts, queue, decoding, stream, pace)
                     yield from flight.run()
+                    self._first = max(self._first, pace.rows)
                     return
                 except RuntimeError as error:  # torch.OutOfMemoryError is one
-                    most = self._fewer_rows(error, 0 if flight is None else len(flight.rows))
+                    self._rows = self._fewer_rows(error, 0 if flight is None else len(flight.rows))
                     queue = queue if flight is None else flight.owed()  # those in flight begin again, and come out the same
 
     def forward(self, tokens: Tensor, positions: Tensor, attends: Any) -> Tensor:
@@ -136,7 +137,6 @@ class TreeSampler:
         queue: dict[str, list[int]],
         prefix: Prefix,
         decoding: Decoding,
-        wanted: int | None,
     ) -> Pace:
         """Rows in flight that a third of the free memory holds at their longest; says what that comes to."""
         per_token = self._bytes_per_token()
@@ -148,7 +148,7 @@ class TreeSampler:
         most = min(int(free / 3 / per_row), 1024 if self.device.type == "cpu" else 4096)
         if most < ROW_ALIGN:
             self.say(f"memory is short: {free / 1e9:.2f} GB free, and {ROW_ALIGN} samples need {ROW_ALIGN * per_row / 1e9:.2f}")
-        most = max(ROW_ALIGN, min(wanted or most, sum(map(len, queue.values()))))
+        most = max(ROW_ALIGN, min(self._rows or most, sum(map(len, queue.values()))))
         text = (
             f"at most {most} samples in flight: {most * per_row / 1e9:.2f} GB of keys and values "
             f"({per_row / 1e6:.1f} MB each), and {prefix.length * per_token / 1e6:.0f} MB for {prefix.length} shared tokens"
@@ -156,7 +156,7 @@ class TreeSampler:
         if most * per_row > self._stated:
             self._stated = most * per_row
             self.say(text)
-        return Pace(most if wanted else 128 if self.device.type == "cpu" else 256, most)
+        return Pace(self._rows or self._first, most)
 
     def _bytes_per_token(self) -> int:
         config = self.model.config.get_text_config()

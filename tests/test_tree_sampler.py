@@ -453,3 +453,17 @@ def test_more_rows_are_tried_as_long_as_they_make_the_machine_faster() -> None:
     assert settled(lambda rows: 1.0, 1000) == 1000  # a step costs the same whatever it holds
     assert settled(lambda rows: 0.01 * rows, 1000) == 64  # no gain: one doubling shows it
     assert settled(lambda rows: max(1.0, rows / 300), 1000) == 512
+
+
+def test_rows_that_end_at_once_while_the_batch_grows_are_replaced() -> None:
+    """A third of the samples is empty: rows come and go before their slots exist, while 128 rows become 256 and 512."""
+    logits = torch.full((tiny_models.VOCABULARY, tiny_models.VOCABULARY), -40.0)
+    logits[[END, 10, 11]] = 0.0
+    stage, model = problems(), tiny_models.bigram(logits)
+    sampler = TreeSampler(model, few_shot())
+    decoding = Decoding(max_tokens=30)
+    grown = {(s.problem_id, s.index): s.token_ids for s in sampler.sample(stage, owe(stage, 120), decoding, stream="s")}
+    assert len(grown) == 1200
+    assert 300 < sum(not ids for ids in grown.values()) < 500
+    few = TreeSampler(model, few_shot(), rows=16).sample(stage[:2], owe(stage[:2], 120), decoding, stream="s")
+    assert all(grown[s.problem_id, s.index] == s.token_ids for s in few)

@@ -194,8 +194,10 @@ class Flight:
         self.finished += gone
         for row in gone:
             row.group.rows -= 1
-        if self.own is not None and moves:
-            self.own.move(moves, max(len(self.rows[target].tokens) for _, target in moves))
+        # A row with one token has none of its own computed yet, and may stand beyond the slots that there are.
+        begun = [(source, target) for source, target in moves if len(self.rows[target].tokens) > 1]
+        if self.own is not None and begun:
+            self.own.move(begun, max(len(self.rows[target].tokens) for _, target in begun))
         empty: list[Group] = []
         moves = _compact(self.groups, lambda group: group.rows > 0 or group.is_open, empty)
         if self.questions is not None and moves:

@@ -14,6 +14,7 @@ each takes from a cold process to its first sample is reported apart.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -185,14 +186,17 @@ def generate(work: Work, *, copies: bool = False) -> float:
 
 def continuous(work: Work) -> float:
     """transformers' continuous batching, if it runs here."""
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     shape = work.shape
     rows = [prompt for prompt in work.prompts for _ in range(shape.samples)][: shape.part]
     settings: dict[str, Any] = {"max_new_tokens": shape.tokens, "eos_token_id": -1, "pad_token_id": 0}
     settings |= {"do_sample": True, "temperature": 0.7, "top_k": 40} if shape.temperature else {"do_sample": False}
     began = time.perf_counter()
-    out = work.model.generate_batch(inputs=rows, generation_config=GenerationConfig(**settings))
+    cache = ContinuousBatchingConfig(max_memory_percent=0.3)  # by default it takes all the memory that the others need
+    out = work.model.generate_batch(
+        inputs=rows, generation_config=GenerationConfig(**settings), continuous_batching_config=cache
+    )
     tokens = sum(len(result.generated_tokens) for result in out.values())
     if tokens != len(rows) * shape.tokens:
         raise RuntimeError(f"it drew {tokens} of {len(rows) * shape.tokens} tokens")
@@ -248,7 +252,8 @@ class VLLM:
         return float(self._answer("speed"))
 
     def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # its workers outlive it otherwise
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its workers outlive it otherwise
         self.process.wait()
 
     def _answer(self, word: str) -> str:

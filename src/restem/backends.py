@@ -3,7 +3,7 @@ for the toy; the loop sees neither."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,9 +13,10 @@ from restem.config import Recipe
 from restem.errors import RestemError
 from restem.prompts import Prompt, Renderer, load_exemplars
 from restem.sampling import Sampler
-from restem.selection import Renders
+from restem.selection import Renders, example_of
 from restem.tasks import Task
 from restem.training import Trainer
+from restem.types import Problem, Sample
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -33,6 +34,14 @@ class Backend(Protocol):
     def renderer(self) -> Renders: ...
     def open_sampler(self, model: str) -> Sampler: ...
     def open_trainer(self, report: Report) -> Trainer: ...
+    def free_sampler(self) -> None:
+        """Give back the memory of the sampler."""
+        ...
+
+    def likelihoods(self, model: str, drawn: Sequence[tuple[Problem, Sample]]) -> list[tuple[float, int]] | None:
+        """Log-probability of each completion under a model, at temperature 1, and its tokens; None if it cannot be told."""
+        ...
+
     def fingerprint(self, model: str) -> str: ...
 
 
@@ -79,6 +88,7 @@ class HFBackend:
         self.renderer: Renderer = Renderer(prompt, tokenizer)
         self.stop = self.renderer.stop
         self._sampler: tuple[str, Sampler] | None = None
+        self._trainer: Any = None
         self._fingerprints: dict[str, str] = {}
         self.facts = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
 
@@ -88,7 +98,10 @@ class HFBackend:
         if self._sampler is None or self._sampler[0] != model:
             self._sampler = None  # free the former model before the next is loaded
             trust = self.recipe.model.trust_remote_code
-            loaded = models.load_model(model, dtype=self.dtype, device=self.device, trust_remote_code=trust)
+            # What is being trained is in memory already.
+            loaded = self._trainer.loaded(model, self.dtype) if hasattr(self._trainer, "loaded") else None
+            if loaded is None:
+                loaded = models.load_model(model, dtype=self.dtype, device=self.device, trust_remote_code=trust)
             self._sampler = (model, self._sampler_of(loaded))
         return self._sampler[1]
 
@@ -111,17 +124,33 @@ class HFBackend:
     def open_trainer(self, report: Report) -> Trainer:
         from restem import models
 
-        self._sampler = None
+        self.free_sampler()
         settings, name = self.recipe.improve, self.recipe.engine.trainer
-        make: Any = training.TreeTrainer if name in ("auto", "tree") else training.plugin(name)
-        trainer: Trainer = make(
+        is_tree = name in ("auto", "tree")
+        make: Any = training.TreeTrainer if is_tree else training.plugin(name)
+        self._trainer = make(
             settings,
             device=self.device,
             dtype=models.compute_dtype(settings.dtype, self.device),
             trust_remote_code=self.recipe.model.trust_remote_code,
             report=report,
+            **({"say": self.say} if is_tree else {}),
         )
-        return trainer
+        return cast(Trainer, self._trainer)
+
+    def free_sampler(self) -> None:
+        self._sampler = None
+
+    def likelihoods(self, model: str, drawn: Sequence[tuple[Problem, Sample]]) -> list[tuple[float, int]] | None:
+        from restem.training.loss import log_likelihoods
+
+        sampler = self.open_sampler(model)
+        if not isinstance(sampler, sampling.TreeSampler):
+            return None
+        examples = [example_of(problem, sample, self.renderer) for problem, sample in drawn]
+        return [
+            (value, len(e.completion_ids)) for value, e in zip(log_likelihoods(sampler.model, examples), examples, strict=True)
+        ]
 
     def fingerprint(self, model: str) -> str:
         from restem import models
@@ -152,6 +181,12 @@ class ToyBackend:
 
     def open_trainer(self, report: Report) -> Trainer:
         return toy.ToyTrainer(self.recipe.improve)
+
+    def free_sampler(self) -> None:
+        pass
+
+    def likelihoods(self, model: str, drawn: Sequence[tuple[Problem, Sample]]) -> list[tuple[float, int]] | None:
+        return None
 
     def fingerprint(self, model: str) -> str:
         return toy.fingerprint(model)

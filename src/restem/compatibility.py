@@ -76,31 +76,42 @@ def _known_reasons(config: Any) -> list[str]:
 
 
 @torch.no_grad()
+def own_logits(model: Any) -> Tensor:
+    """A model's own logits behind two short texts of a common beginning, [6, vocabulary] in float32."""
+    training = model.training
+    model.eval()
+    logits: Tensor = model(input_ids=_texts(model), use_cache=False).logits[:, 4:].flatten(0, 1).float()
+    model.train(training)
+    return logits
+
+
+def _texts(model: Any) -> Tensor:
+    size = model.get_input_embeddings().num_embeddings
+    # Spread over the vocabulary: its first tokens are special ones, often untrained, and magnify rounding.
+    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 8, 9, 10]], device=model.device)
+    return rows * (size // 11) % size  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
 def disagreement(model: Any) -> str:
     """Why two branches on one prefix do not have the logits that the model itself gives them; "" if they do, up to rounding.
 
     No list of architectures could promise that: some scale or cap their logits, some ignore what they are handed.
     """
-    size = model.get_input_embeddings().num_embeddings
-    # Spread over the vocabulary: its first tokens are special ones, often untrained, and magnify rounding.
-    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 8, 9, 10]], device=model.device) * (size // 11) % size
+    rows = _texts(model)
     tree = Tree()
     root = tree.add(rows[0, :4].tolist())
     for row in rows.tolist():
         tree.add(row[4:], root)
     ids, positions = (torch.tensor([values], device=model.device) for values in (tree.tokens, tree.positions))
-    training = model.training
-    model.eval()
     try:
-        expected = model(input_ids=rows, use_cache=False).logits[:, 4:].flatten(0, 1).float()
+        expected = own_logits(model)
         with tree_attention(model):
             pack = PackAttention(AttentionPlan.of(tree, model.device))
             hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, tree=pack).last_hidden_state
         found = logits_of(model, hidden)[0, 4:].float()
     except TypeError:  # the keyword `tree` did not reach the attention
         return "its attention does not receive what the tree hands to it"
-    finally:
-        model.train(training)
     if not expected.isfinite().all():
         return "its own logits are not finite: the weights are damaged, or training diverged"
     # Half precision: rounding differs between kernels, and may send a token to another expert.

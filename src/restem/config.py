@@ -57,8 +57,8 @@ class TaskConfig(Section):
 
 
 class PromptConfig(Section):
-    style: Literal["auto", "few-shot", "chat"] = "auto"
-    """How a problem becomes a prompt; "auto" = the task's own style, few-shot for all built-in tasks (paper)."""
+    style: Literal["auto", "few-shot", "chat", "plain"] = "auto"
+    """How a problem becomes a prompt; "auto" = the task's own style: few-shot (paper), plain for HumanEval."""
     shots: int | None = Field(None, ge=0)
     """How many worked exemplars to show; None = all that the task or the file has."""
     exemplars: str | None = None
@@ -102,6 +102,8 @@ class ImproveConfig(Section):
     """Most passes over D_i; the stop rule may end earlier (U1). VinePPO used 8 with a 100-fold smaller learning rate."""
     interval: float = Field(1.0, gt=0)
     """Epochs between two measurements of the reward on D_val (U3)."""
+    interval_steps: int | None = Field(None, ge=1)
+    """Optimiser steps between two measurements; None = by epochs."""
     stop: Literal["first", "best"] = "first"
     """"first" = stop at the first interval that does not improve the reward on D_val (paper: "while reward improves");
     "best" = train all intervals, keep the best one (U3). Candidate 0 is the untrained start in both."""
@@ -121,6 +123,8 @@ class ImproveConfig(Section):
     """Examples per optimiser step, rounded up to whole problems so that a problem's solutions share its tokens (U1)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (U1; VinePPO: 0)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's mean and square (Loshchilov and Hutter 2019)."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient (U1)."""
     objective: Literal["sum", "token-mean", "problem"] = "token-mean"
@@ -129,7 +133,22 @@ class ImproveConfig(Section):
     pack_tokens: int = Field(4096, ge=64)
     """Most tokens computed at once in training; only memory and speed depend on it, never the gradient."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Arithmetic of training; weights and optimiser stay in float32 (U1)."""
+    """Arithmetic of training (U1); "auto" = bfloat16 where the processor computes in it, else float32."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Number format of weights and optimiser in training. bfloat16 takes half the memory, and loses steps that are smaller than
+    its rounding: a learning rate of 1e-5 changes few of its weights."""
+    lora_rank: int = Field(0, ge=0)
+    """Train a LoRA adapter of this rank, merged into the weights that are handed over; 0 = train all weights (paper)."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """Scale of the adapter; None = twice the rank. An adapter wants a ten times larger learning rate than all weights do."""
+    lora_targets: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: "all-linear", or the ends of their names (Hu et al. 2021 adapt attention only)."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass: less memory, about a third more time."""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """With several processes (`torchrun`): each holds the whole model, or a part of it (FSDP2)."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """Minutes of training that a kill can cost; a checkpoint is also written after every interval. 0 = after every step."""
 
 
 class EvaluateConfig(Section):
@@ -163,14 +182,17 @@ class EngineConfig(Section):
     name registered under the entry point `restem.samplers`."""
     trainer: str = "auto"
     """"auto", "tree", "toy", or a name registered under the entry point `restem.trainers`."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Where metrics are sent besides metrics.jsonl."""
     rows: int | None = Field(None, ge=1)
     """Most samples in flight; None = as many as make the machine faster, within a third of the free memory."""
     shard_samples: int = Field(256, ge=1)
     """Samples per Parquet part, rounded to whole problems: what a kill can cost at most."""
     grade_workers: int = Field(1, ge=1)
     """Verifier processes that run beside the sampler."""
-    grade_seconds: float = Field(10.0, gt=0)
-    """Longest grading of one sample; the worker is killed and the sample counted as verifier_error."""
+    grade_seconds: float | None = Field(None, gt=0)
+    """Longest grading of one sample; the worker is killed and the sample counted as verifier_error. None = 10, and 300 for
+    programs, whose tests have limits of their own."""
 
 
 class Recipe(Section):

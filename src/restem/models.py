@@ -115,15 +115,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
         raise RestemError(f"the tokenizer in {path} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
 
 
-def save_model(model: Any, tokenizer: Any, directory: Path, *, dtype: Any) -> None:
-    """Write an ordinary Hugging Face model directory, weights in `dtype`."""
+def save_model(model: Any, tokenizer: Any, directory: Path, *, dtype: Any, state: dict[str, Any] | None = None) -> None:
+    """Write an ordinary Hugging Face model directory, weights in `dtype`. `state`: the weights, where the model holds parts."""
     converted: dict[Any, Any] = {}  # by memory: tied weights stay one tensor, and are written once
-    state = {}
-    for name, tensor in model.state_dict().items():
+    stored = {}
+    for name, tensor in (model.state_dict() if state is None else state).items():
         if tensor.is_floating_point():
             tensor = converted.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().to(dtype))
-        state[name] = tensor
-    model.save_pretrained(directory, state_dict=state)
+        stored[name] = tensor
+    model.save_pretrained(directory, state_dict=stored)
     # save_pretrained writes down the number format of the model in memory, not that of the tensors it is given.
     config = directory / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
@@ -138,6 +138,14 @@ def storage_dtype(path: str) -> Any:
     config = json.loads((Path(adapted(path)) / "config.json").read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     return getattr(torch, str(name), torch.float32)
+
+
+def context_length(path: str, *, trust_remote_code: bool = False) -> int:
+    """The most tokens of a text that a model directory's model is made for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(adapted(path), trust_remote_code=trust_remote_code).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def fingerprint(path: str) -> str:

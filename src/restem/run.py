@@ -6,9 +6,7 @@ same algorithm and finds most of it done. A method's result is a function of the
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,15 +19,18 @@ from restem.backends import open_backend, prompt_of
 from restem.candidate import Candidate, as_dict, from_dict, relative
 from restem.config import Recipe
 from restem.errors import RestemError
-from restem.estep import Stage, draw
-from restem.files import finish_directory, read_json, remove_directory, write_json, write_text
+from restem.estep import Stage, draw, read_stage
+from restem.files import finish_directory, read_json, remove_directory, write_json
+from restem.monitor import Monitor, write_drift
 from restem.progress import Talk
 from restem.rundir import RunDirectory
 from restem.sampling import Decoding
+from restem.sandbox import choose
 from restem.selection import select, write_selection
 from restem.statistics import Interval
 from restem.summary import summarise
 from restem.tasks import Task, load_task
+from restem.trackers import check_trackers, open_tracker
 from restem.training import Interval as TrainingInterval
 from restem.types import Example, Problem, Sample
 from restem.verifiers.pool import VerifierPool
@@ -71,18 +72,24 @@ class Run:
                 self.directory.go_on(recipe, self.task, facts, self.command)
                 self.talk.say(f"resuming {self.path}")
             engine = recipe.engine
-            self._pool = VerifierPool(self.task.verifier_spec, workers=engine.grade_workers, seconds=engine.grade_seconds)
+            seconds = engine.grade_seconds or (300.0 if self.task.verifier_spec == "code" else 10.0)
+            self._pool = VerifierPool(self.task.verifier_spec, workers=engine.grade_workers, seconds=seconds)
             undo.callback(self._pool.close, cancel=True)
+            check_trackers(engine.trackers)
             if self.directory.is_new:  # last: what cannot start makes no run
-                self.directory.create(recipe, self.task, {**facts, "task": self._task_facts()})
+                sandbox = choose() if self.task.verifier_spec == "code" else None
+                self.directory.create(recipe, self.task, {**facts, "sandbox": sandbox, "task": self._task_facts()})
+            self.monitor = Monitor(self.path, open_tracker(engine.trackers, self.path, recipe, say=self.talk.warn))
             undo.pop_all()
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.close(cancel=kind is not None)
-        self.directory.close()
+        with ExitStack() as last:
+            last.callback(self.directory.close)
+            last.callback(self.monitor.close, failed=kind is not None)
+            self._pool.close(cancel=kind is not None)
 
     @property
     def iterations(self) -> range:
@@ -112,7 +119,9 @@ class Run:
 
     def start(self, model: str) -> Candidate:
         """A model as candidate 0: not trained, with its reward on D_val."""
-        return self._validated(model, self.at(0) / "val", iteration=0, interval=0)
+        candidate = self._validated(model, self.at(0) / "val", iteration=0, interval=0)
+        self.monitor.began(candidate)
+        return candidate
 
     def unmeasured(self, model: str) -> Candidate:
         """A model whose reward on D_val is not known, nor needed."""
@@ -160,15 +169,18 @@ class Run:
         stream = f"{self.recipe.seed}/iteration {iteration}/improve"
         name = f"iteration {iteration}: improve"
         with self.talk.stage(name, 1) as watch:
-            trainer = self.backend.open_trainer(watch.step)
+            trainer = self.backend.open_trainer(self.monitor.follow(iteration, watch.step))
             for interval in trainer.train(start.model, examples, folder, stream=stream):
-                self._record(iteration, interval)
+                self.monitor.trained(iteration, interval)
                 yield interval
+                self.backend.free_sampler()  # training goes on, and wants the memory
 
     def validate(self, interval: TrainingInterval, iteration: int) -> Candidate:
         """The reward of an interval's model on D_val."""
         folder = self.at(iteration) / "improve" / f"interval-{interval.number}" / "val"
-        return self._validated(interval.model, folder, iteration=iteration, interval=interval.number)
+        candidate = self._validated(interval.model, folder, iteration=iteration, interval=interval.number)
+        self.monitor.validated(iteration, interval, candidate, folder)
+        return candidate
 
     def keep(self, best: Candidate, iteration: int) -> Candidate:
         """End the M-step: the winner's model moves to iter-NN/model, the others are deleted."""
@@ -202,6 +214,7 @@ class Run:
         """Test problems: greedy pass@1 and sampled pass@K. The same weights are never scored twice."""
         folder = self.at(iteration) / "eval" / self.task.name
         if (folder / "scores.json").is_file():
+            self.monitor.tested(iteration, self.task.name, read_json(folder / "scores.json"))
             return
         settings = self.recipe.evaluate
         known = self._evaluation_of(policy)
@@ -236,6 +249,7 @@ class Run:
             ks=settings.k,
         )
         write_json(folder / "scores.json", {**scores, "fingerprint": policy.fingerprint})
+        self.monitor.tested(iteration, self.task.name, scores)
 
     def finish(self, accepted: Candidate) -> Candidate:
         """End the run: result.json and the report. The accepted policy is the run's model."""
@@ -315,8 +329,11 @@ class Run:
                 "Check the verifier and the references with `restem check`."
             )
         candidate = replace(unknown, reward=reward.value, low=reward.low, high=reward.high, n=reward.n)
+        base = self.at(0) / "val"
+        drift = write_drift(self.backend, model, self.task.val, read_stage(base), base, folder)
         write_json(file, as_dict(self.path, candidate))
-        self.talk.say(f"{'':<28} D_val reward {reward.value:.3f} [{reward.low:.3f}, {reward.high:.3f}], n = {reward.n}")
+        text = f"D_val reward {reward.value:.3f} [{reward.low:.3f}, {reward.high:.3f}], n = {reward.n}"
+        self.talk.say(f"{'':<28} {text}" + (f", KL from the base {drift:.4f} per token" if drift and interval else ""))
         return candidate
 
     def _train_accuracy(self, policy: Candidate, iteration: int) -> None:
@@ -346,15 +363,6 @@ class Run:
     def _copy_evaluation(self, known: Path, folder: Path) -> None:
         with finish_directory(folder) as temporary:
             shutil.copytree(known, temporary, dirs_exist_ok=True)
-
-    def _record(self, iteration: int, interval: TrainingInterval) -> None:
-        """One line of metrics.jsonl per interval; written once, however often the run is resumed."""
-        file = self.path / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        if not any((line["iteration"], line["interval"]) == (iteration, interval.number) for line in lines):
-            when = time.strftime("%Y-%m-%d %H:%M:%S")
-            lines.append({"iteration": iteration, "interval": interval.number, "time": when, **interval.metrics})
-            write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def task_of(recipe: Recipe) -> Task:

@@ -25,7 +25,17 @@ from restem.files import read_json, remove_leftovers, write_json, write_rows
 from restem.tasks import Task
 from restem.types import Problem
 
-FREE_TO_CHANGE = frozenset({"iterations", "engine.rows", "engine.grade_workers", "engine.grade_seconds", "model.device"})
+FREE_TO_CHANGE = frozenset(
+    {
+        "iterations",
+        "engine.rows",
+        "engine.grade_workers",
+        "engine.grade_seconds",
+        "engine.trackers",
+        "improve.checkpoint_minutes",
+        "model.device",
+    }
+)
 """Keys that a resumed run may change: they move work or add to it, but change no part that exists."""
 
 
@@ -93,13 +103,13 @@ class RunDirectory:
                 "recipe": json.loads(recipe.model_dump_json()),
                 "problems": problem_digests(task),
                 "notes": list(task.notes),
+                "sandbox": None,
                 **facts,
                 "argv": sys.argv,
                 "created": time.strftime("%Y-%m-%d %H:%M:%S %z"),
                 "versions": versions(),
                 "commit": _commit(),
                 "hardware": hardware(),
-                "sandbox": None,
             },
         )
 

@@ -76,7 +76,7 @@ def select(
         counts["duplicate"] += len(correct) - len(distinct)
         counts["over_the_limit"] += len(distinct) - len(chosen)
         counts["kept"] += len(chosen)
-        examples.extend(_example(problem, sample, renderer) for sample in chosen)
+        examples.extend(example_of(problem, sample, renderer) for sample in chosen)
     return Selection(
         examples=tuple(examples),
         counts={name: count for name, count in sorted(counts.items()) if count},
@@ -138,12 +138,12 @@ def _choose(samples: list[Sample], settings: SelectConfig, stream: str) -> list[
     return sorted(chosen, key=lambda sample: sample.index)
 
 
-def _example(problem: Problem, sample: Sample, renderer: Renders) -> Example:
-    assert sample.reward is not None
+def example_of(problem: Problem, sample: Sample, renderer: Renders) -> Example:
+    """A sample as an example, weighted by its reward. One that was cut off has no end token."""
     return Example(
         prompt_ids=renderer.encode(problem),
-        completion_ids=(*sample.token_ids, renderer.end_id),
-        weight=sample.reward,
+        completion_ids=(*sample.token_ids, renderer.end_id) if sample.finish == "stop" else sample.token_ids,
+        weight=0.0 if sample.reward is None else sample.reward,
         problem_id=problem.id,
         index=sample.index,
     )

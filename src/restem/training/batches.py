@@ -29,12 +29,17 @@ def plan_steps(examples: Sequence[Example], settings: ImproveConfig, *, stream: 
     """All steps of a training run, in order. The last one always ends an interval."""
     wanted = _whole(settings.epochs * len(examples))
     groups = [step for epoch in range(math.ceil(settings.epochs)) for step in _epoch(examples, settings, stream, epoch)]
-    steps, seen, interval = [], 0, 0
+    steps: list[Step] = []
+    seen, interval = 0, 0
     for group in groups:
         if seen >= wanted:
             break
         seen += len(group)
-        ended = seen >= _whole((interval + 1) * settings.interval * len(examples)) or seen >= wanted
+        if settings.interval_steps is None:
+            ended = seen >= _whole((interval + 1) * settings.interval * len(examples))
+        else:
+            ended = len(steps) + 1 == (interval + 1) * settings.interval_steps
+        ended = ended or seen >= wanted
         interval += ended
         steps.append(Step(examples=tuple(group), interval=interval if ended else None))
     return steps
@@ -89,6 +94,8 @@ class Pack:
     sources: list[int]
     targets: list[int]
     weights: list[float]
+    order: list[int]
+    """The examples, by their place among those that were packed, in the order of their targets."""
 
 
 def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list[Pack]:
@@ -98,9 +105,9 @@ def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list
     packs: list[Pack] = []
     pack: Pack | None = None
     problem, prompt = -1, None
-    for example, weight in sorted(zip(examples, weights, strict=True), key=lambda pair: pair[0].prompt_ids):
+    for place, example in sorted(enumerate(examples), key=lambda pair: pair[1].prompt_ids):
         if pack is None or len(pack.tree.tokens) + len(example.completion_ids) > budget:
-            pack, prompt = Pack(Tree(), [], [], []), None
+            pack, prompt = Pack(Tree(), [], [], [], []), None
             root = pack.tree.add(example.prompt_ids[:shared])
             packs.append(pack)
         if example.prompt_ids != prompt:
@@ -111,5 +118,6 @@ def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list
         start = pack.tree.nodes[branch].start
         pack.sources.extend([pack.tree.last_token(problem), *range(start, start + len(example.completion_ids) - 1)])
         pack.targets.extend(example.completion_ids)
-        pack.weights.extend([weight] * len(example.completion_ids))
+        pack.weights.extend([weights[place]] * len(example.completion_ids))
+        pack.order.append(place)
     return packs

@@ -1,0 +1,76 @@
+"""LoRA: train a low-rank change of the linear layers instead of all weights, through `peft`.
+
+What is handed over is an ordinary model: the change is added to the weights, and the merged model is accepted only if it says
+what the trained one says. The adapter itself lies beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from restem.compatibility import own_logits
+from restem.config import ImproveConfig
+from restem.errors import MissingExtra, RestemError
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative; what rounding the weights may cost
+
+
+def attach(model: Any, settings: ImproveConfig, *, stream: str) -> Any:
+    """The model with a fresh adapter; only the adapter has gradients. Layers of the model are changed in place.
+
+    `stream` names the source of the adapter's random start.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingExtra("peft", "lora", "Training a LoRA adapter (improve.lora_rank)") from None
+    targets: Any = settings.lora_targets
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,  # type: ignore[arg-type]
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    seed = int.from_bytes(hashlib.blake2b(f"{stream}\0lora".encode(), digest_size=7).digest(), "little")
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise RestemError(
+            f"improve.lora_targets = {settings.lora_targets!r} does not fit this {model.config.model_type} model: "
+            f"{str(error).splitlines()[0][:300]}"
+        ) from None
+    return adapted.eval()
+
+
+def merged(adapted: Any, storage: torch.dtype) -> tuple[Any, float]:
+    """A copy with the adapter added to the weights, and how far its logits are from the trained model's (relative).
+
+    `storage`: the number format in which it will be stored; the comparison includes the rounding to it. Raises RestemError if
+    the two disagree by more than rounding can explain.
+    """
+    expected = own_logits(adapted)
+    plain = copy.deepcopy(adapted).merge_and_unload()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(parameter.to(storage))
+    found = own_logits(plain)
+    apart = float((found - expected).norm() / expected.norm())
+    if not apart <= _TOLERANCE.get(storage, 0.1):
+        raise RestemError(
+            f"the adapter merged into the weights is not the trained model: its logits differ by {apart:.1%}, stored "
+            f"as {storage}. Store the base in float32, or train all weights (improve.lora_rank = 0)."
+        )
+    return plain, apart
+
+
+def save(adapted: Any, folder: Path) -> None:
+    """The adapter alone, as peft writes it."""
+    adapted.save_pretrained(folder)

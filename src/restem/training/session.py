@@ -1,0 +1,189 @@
+"""A model being trained: loaded, spread over processes, stepped, saved. What to train on, and when to stop, is not its
+business.
+
+The one thing a newcomer would get wrong: `model` is always the transformers model. With LoRA its linear layers hold the
+adapter, and `adapted` is peft's view of the same layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from restem.compatibility import refuse_unsupported, tree_attention
+from restem.config import ImproveConfig
+from restem.files import finish_directory
+from restem.models import load_model, load_tokenizer, save_model, storage_dtype
+from restem.training import Interval, checkpoints, lora
+from restem.training.batches import Pack, make_packs
+from restem.training.loss import PackLoss
+from restem.training.processes import Processes, layers, shard
+from restem.types import Example
+
+
+class Session:
+    """A model and its optimiser. `start`: the model's directory; `dtype`: number format of the arithmetic."""
+
+    def __init__(
+        self,
+        start: str,
+        settings: ImproveConfig,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+        processes: Processes,
+        stream: str,
+    ) -> None:
+        self.settings, self.processes = settings, processes
+        self.storage = storage_dtype(start)
+        weights = getattr(torch, settings.weights)
+        self.model = load_model(start, dtype=weights, device=processes.device(device), trust_remote_code=trust_remote_code)
+        refuse_unsupported(self.model)
+        self.tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
+        self.adapted = lora.attach(self.model, settings, stream=stream) if settings.lora_rank else None
+        if settings.gradient_checkpointing:
+            _recompute(self.model)
+        self.loss = PackLoss(self.model, dtype)
+        self.is_sharded = processes.count > 1 and settings.parallel == "shard"
+        if self.is_sharded:
+            shard(self.loss, self.model)
+        self.optimiser = torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    def step(self, examples: Sequence[Example], learning_rate: float) -> dict[str, Any]:
+        """One optimiser step; returns its metrics. If the loss or the gradient is not finite, no weight is changed."""
+        clock = _Clock(self.model.device)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, negative log-likelihood, target tokens
+        with clock("pack"):
+            packs = self.processes.share(self._packs(examples))
+        with tree_attention(self.model):
+            for pack in packs:
+                if pack is not None:
+                    sums += self._pass(pack, clock)
+                elif self.is_sharded:  # the others wait for this process's part of the weights
+                    self._pass(_weightless(examples), clock)
+        with clock("communicate"):
+            self.processes.sum_gradients(self.model.parameters())
+            loss, nll, targets = self.processes.sum(sums).tolist()
+        with clock("optimise"):
+            norm = float(checkpoints.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)))
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.optimiser.step()
+        return {
+            "loss": loss,
+            "target_logprob": -nll / targets,
+            "gradient_norm": norm,
+            "learning_rate": learning_rate,
+            "examples": len(examples),
+            "target_tokens": int(targets),
+            "seconds": clock.total(),
+            "parts": clock.seconds,
+        }
+
+    def is_finite(self) -> bool:
+        """Whether all weights are. A step with a finite gradient can still overflow them."""
+        good = all(bool(checkpoints.whole(p.isfinite().all())) for _, p in checkpoints.trained(self.model))
+        return bool(self.processes.sum(torch.tensor(float(not good))) == 0)
+
+    def write_interval(self, directory: Path, number: int, metrics: dict[str, Any]) -> Interval:
+        """Write directory/interval-`number`: the model as an ordinary directory, a LoRA adapter beside it, and the metrics.
+
+        Every process calls it; the main one writes.
+        """
+        path = directory / f"interval-{number}"
+        state = {name: checkpoints.whole(t) for name, t in self._by_name().items()} if self.is_sharded else None
+        if self.processes.is_main:
+            with finish_directory(path) as folder:
+                model = self.model
+                if self.adapted is not None:
+                    lora.save(self.adapted, folder / "adapter")
+                    model, metrics["merge_error"] = lora.merged(self.adapted, self.storage)
+                save_model(model, self.tokenizer, folder / "model", dtype=self.storage, state=state)
+                (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+        return Interval(number=number, model=str(path / "model"), metrics=metrics)
+
+    def for_sampling(self, dtype: torch.dtype) -> Any | None:
+        """The model as it would be loaded from what `save` wrote, without reading it back; None if its weights are elsewhere.
+
+        Its tensors are the trained ones themselves where the number formats agree.
+        """
+        if self.is_sharded or self.adapted is not None:
+            return None
+        memo: dict[int, Any] = {}
+        for parameter in self.model.parameters():
+            rounded = parameter.detach().to(self.storage).to(dtype)
+            memo[id(parameter)] = nn.Parameter(rounded, requires_grad=False)
+        return copy.deepcopy(self.model, memo).eval()
+
+    def _by_name(self) -> dict[str, Any]:
+        return {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
+
+    def _packs(self, examples: Sequence[Example]) -> list[Pack]:
+        """The step's packs, enough of them for every process to have one."""
+        settings = self.settings
+        packs = make_packs(examples, settings.objective, settings.pack_tokens)
+        if len(packs) < self.processes.count:
+            tokens = sum(len(pack.tree.tokens) for pack in packs)
+            packs = make_packs(examples, settings.objective, max(64, tokens // self.processes.count))
+        return packs
+
+    def _pass(self, pack: Pack, clock: _Clock) -> torch.Tensor:
+        with clock("forward"):
+            losses = self.loss(pack)
+        with clock("backward"):
+            losses.weighted.backward()
+        counted = losses.nll_N[torch.tensor(pack.weights, device=losses.nll_N.device) > 0]
+        return torch.tensor([losses.weighted.item(), counted.double().sum().item(), len(counted)], dtype=torch.float64)
+
+
+class _Clock:
+    """Seconds spent in the parts of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.began, self.seconds = device, time.perf_counter(), dict[str, float]()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+    def total(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def _weightless(examples: Sequence[Example]) -> Pack:
+    (pack, *_) = make_packs(examples[:1], "sum", 64)
+    pack.weights[:] = [0.0] * len(pack.weights)
+    return pack
+
+
+def _recompute(model: Any) -> None:
+    """Keep only what goes into each layer, and compute the layer again in the backward pass.
+
+    Not through the model's own method, which works only in training mode, and that would switch dropout on.
+    """
+    for layer in layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,0 +1,361 @@
+"""Training as a whole: killed and resumed at any step, LoRA, less memory, several processes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from restem import models
+from restem.compatibility import own_logits
+from restem.config import ImproveConfig
+from restem.errors import RestemError
+from restem.sampling import Decoding, Owed, TreeSampler
+from restem.training import Interval, TreeTrainer, checkpoints, lora
+from restem.training.batches import plan_steps
+from restem.training.loss import log_likelihoods
+from restem.training.processes import Processes
+from restem.training.session import Session
+from restem.types import Example
+from test_tree_trainer import SOME, distance, random_tree, row_gradients, settings, stored, timeless, train, weights_of
+from tiny_models import END, few_shot, one_thread, problems, save, tiny  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MANY = random_tree(branches=(1,) * 30, longest=6, seed=11)
+HUNDRED = {"epochs": 4.0, "interval": 2.0, "batch_size": 1, "warmup": 0.1, "schedule": "linear", "learning_rate": 3e-4}
+
+
+def fingerprints(intervals: list[Interval]) -> list[str]:
+    return [models.fingerprint(interval.model) for interval in intervals]
+
+
+# --- restart ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Interval]]:  # noqa: F811
+    """A base, and two intervals of 60 steps each trained from it."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    start = save(tiny(), directory / "base")
+    return start, train(start, directory / "out", examples=MANY, **HUNDRED)
+
+
+@pytest.mark.parametrize("kills", [(50,), (60,), (61,), (17, 73), (1, 119)])
+def test_training_killed_at_a_step_and_resumed_equals_training_without_a_kill(
+    tmp_path: Path, uninterrupted: tuple[str, list[Interval]], kills: tuple[int, ...]
+) -> None:
+    """120 steps, 30 an epoch: killed at a step, at the end of an epoch, and twice. Same losses, norms, rates and weights."""
+    start, expected = uninterrupted
+    changes = settings(**HUNDRED, checkpoint_minutes=0)
+    seen: list[list[int]] = []
+    for kill in (*kills, 999):
+        seen.append([])
+
+        def report(done: int, total: int, metrics: dict[str, Any], kill: int = kill) -> None:
+            if done == kill:
+                raise KeyboardInterrupt
+            seen[-1].append(done)
+
+        try:
+            found = list(TreeTrainer(changes, report=report).train(start, MANY, tmp_path, stream="s"))
+        except KeyboardInterrupt:
+            continue
+    assert [step for steps in seen for step in steps] == list(range(1, 121))
+    assert fingerprints(found) == fingerprints(expected)
+    assert [timeless(i) for i in found] == [timeless(i) for i in expected]
+
+
+def test_kill_minus_9_anywhere_in_the_m_step_changes_nothing(tmp_path: Path, uninterrupted: tuple[str, list[Interval]]) -> None:
+    """A process of its own, killed with SIGKILL again and again at random instants until it gets through."""
+    start, expected = uninterrupted
+    chance, kills, delay = random.Random(7), 0, 0.0
+    while True:
+        running = trainer_process(start, tmp_path / "out", **HUNDRED, checkpoint_minutes=0)
+        line = running.stdout.readline()  # training begins
+        assert line == "begins\n"
+        delay += 1.0
+        time.sleep(chance.uniform(0, delay))
+        if running.poll() is None:
+            running.send_signal(signal.SIGKILL)
+            kills += 1
+        if running.wait() == 0:
+            break
+    assert kills >= 2
+    found = train(start, tmp_path / "out", examples=MANY, **HUNDRED)
+    assert [timeless(i) for i in found] == [timeless(i) for i in expected]
+    assert fingerprints(found) == fingerprints(expected)
+
+
+def trainer_process(start: str, out: Path, *launcher: str, **changes: Any) -> subprocess.Popen[str]:
+    """tests/train_in_processes.py, on one thread."""
+    script = str(Path(__file__).with_name("train_in_processes.py"))
+    command = [sys.executable, *launcher, script, start, str(out), json.dumps(changes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_checkpoints_are_written_by_time_and_only_the_newest_stays(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base")
+    states: list[list[str]] = []
+
+    def look(done: int, total: int, metrics: dict[str, Any]) -> None:
+        states.append(sorted(path.name for path in tmp_path.glob("out/state-*")))
+
+    steps = {"epochs": 1.0, "batch_size": 1}
+    list(TreeTrainer(settings(**steps, checkpoint_minutes=0), report=look).train(start, MANY, tmp_path / "out", stream="s"))
+    assert states[:4] == [[], ["state-1"], ["state-2"], ["state-3"]]
+    states.clear()
+    list(TreeTrainer(settings(**steps), report=look).train(start, MANY, tmp_path / "again", stream="s"))
+    assert not list(tmp_path.glob("again/state-*"))
+
+
+# --- intervals, metrics, what the model's context holds -----------------------------------------------------------------------
+
+
+def test_intervals_may_be_counted_in_steps() -> None:
+    steps = plan_steps(MANY, settings(epochs=1.0, batch_size=1, interval_steps=12), stream="s")
+    assert [number for number, step in enumerate(steps, start=1) if step.interval is not None] == [12, 24, 30]
+
+
+def test_metrics_say_where_the_time_went_and_how_likely_the_targets_are(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base")
+    before = -row_gradients(tiny(), SOME, "token-mean")[0]
+    metrics = train(start, tmp_path / "out", epochs=1.0, batch_size=99, interval=1.0, examples=unweighted())[-1].metrics
+    assert metrics["target_logprob"] == pytest.approx(before_of(unweighted()), rel=1e-5) != before
+    assert set(metrics["share_of_seconds"]) == {"pack", "forward", "backward", "communicate", "optimise"}
+    assert 0.5 < sum(metrics["share_of_seconds"].values()) <= 1.0
+
+
+def unweighted() -> list[Example]:
+    return random_tree(branches=(3, 2, 2, 3), longest=8, seed=8, weights=False)
+
+
+def before_of(examples: list[Example]) -> float:
+    return -row_gradients(tiny(), examples, "token-mean")[0]
+
+
+def test_examples_that_exceed_the_context_are_left_out_and_named(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base")
+    context = models.context_length(start)
+    long = Example(prompt_ids=(2, 3), completion_ids=(4,) * context, problem_id="p99", index=3)
+    said: list[str] = []
+    trainer = TreeTrainer(settings(epochs=1.0), say=said.append)
+    found = list(trainer.train(start, [*SOME, long], tmp_path / "with", stream="s"))
+    assert said == [f"1 of {len(SOME) + 1} examples exceed the context of {context} tokens; left out: p99 #3"]
+    assert fingerprints(found) == fingerprints(train(start, tmp_path / "without", epochs=1.0))
+
+
+def test_too_little_disk_is_seen_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = save(tiny(), tmp_path / "base")
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(RestemError, match=r"training needs up to .* GB in .*, and 0\.00 GB are free"):
+        train(start, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- less memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3"])
+def test_gradient_checkpointing_changes_no_weight(tmp_path: Path, name: str) -> None:
+    start = save(tiny(name), tmp_path / "base")
+    plain, again = (train(start, tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
+    assert [timeless(i) for i in again] == [timeless(i) for i in plain]
+    assert fingerprints(again) == fingerprints(plain)
+
+
+def test_gradient_checkpointing_computes_the_layers_again(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base")
+    calls = []
+    for on in (False, True):
+        session = open_session(start, gradient_checkpointing=on)
+        count = [0]
+        session.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        session.step(SOME, 1e-3)
+        calls.append(count[0])
+    assert calls[1] == 2 * calls[0]
+
+
+def open_session(start: str, **changes: Any) -> Session:
+    return Session(
+        start,
+        settings(**changes),
+        device="cpu",
+        dtype=torch.float32,
+        trust_remote_code=False,
+        processes=Processes(),
+        stream="s",
+    )
+
+
+def test_pure_bfloat16_keeps_weights_and_optimiser_in_bfloat16_and_learns(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base", dtype=torch.bfloat16)
+    session = open_session(start, weights="bfloat16")
+    losses = [session.step(SOME, 1e-3)["loss"] for _ in range(20)]
+    kinds = {value.dtype for state in session.optimiser.state.values() for value in state.values() if value.dim()}
+    assert kinds == {parameter.dtype for parameter in session.model.parameters()} == {torch.bfloat16}
+    assert losses[-1] < losses[0] - 0.3
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------------
+
+LORA = {"lora_rank": 4, "learning_rate": 1e-2, "epochs": 3.0}
+
+
+def test_lora_trains_only_the_adapter_and_hands_over_a_plain_model(tmp_path: Path) -> None:
+    """The merged model's tensors are those of the base but for the adapted layers, which differ by a matrix of the rank."""
+    start = save(tiny(), tmp_path / "base")
+    reached = train(start, tmp_path / "out", **LORA)
+    assert reached[-1].metrics["loss"] < reached[0].metrics["loss"]
+    before, after = stored(start), stored(reached[-1].model)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".self_attn." in name or ".mlp." in name}
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) <= 4
+    assert not models.is_adapter(reached[-1].model)
+    assert reached[-1].metrics["merge_error"] < 1e-5
+
+
+def test_the_merged_model_says_what_the_adapter_on_its_base_says(tmp_path: Path) -> None:
+    """The adapter beside it, loaded by peft on the base, has the logits of the merged model."""
+    peft = pytest.importorskip("peft")
+    start = save(tiny(), tmp_path / "base")
+    interval = train(start, tmp_path / "out", **LORA)[-1]
+    base = models.load_model(start, dtype=torch.float32)
+    before = own_logits(base)
+    expected = own_logits(peft.PeftModel.from_pretrained(base, Path(interval.model).parent / "adapter").eval())
+    found = own_logits(models.load_model(interval.model, dtype=torch.float32))
+    assert distance(found, expected) < 1e-5 < 0.01 < distance(found, before)
+
+
+def test_a_resumed_lora_training_reaches_the_same_weights(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base")
+    straight = train(start, tmp_path / "straight", **LORA)
+    train(start, tmp_path / "stopped", stop_after=1, **LORA)
+    assert fingerprints(train(start, tmp_path / "stopped", **LORA)) == fingerprints(straight)
+
+
+def test_lora_gradients_equal_those_of_rows(tmp_path: Path) -> None:
+    """Tree against one sequence per row, through the adapter alone."""
+    start = save(tiny(), tmp_path / "base")
+    session = open_session(start, **LORA, clip=1e9, weight_decay=0.0)
+    with torch.no_grad():
+        for parameter in session.optimiser.param_groups[0]["params"]:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    session.optimiser.step = lambda: None  # keeps the gradients to look at
+    session.step(SOME, 1e-3)
+    own = [parameter for parameter in session.model.parameters() if parameter.requires_grad]
+    found = torch.cat([parameter.grad.flatten() for parameter in own])
+    row_gradients(session.model, SOME, "token-mean")
+    assert distance(found, torch.cat([parameter.grad.flatten() for parameter in own])) < 1e-5
+
+
+def test_an_adapter_that_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base")
+    with pytest.raises(RestemError, match=r"improve\.lora_targets = \('query',\) does not fit this llama model"):
+        train(start, tmp_path / "out", **LORA, lora_targets=("query",))
+
+
+def test_a_merge_that_changes_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a merge into a coarse number format can: here it drops the adapter."""
+    start = save(tiny(), tmp_path / "base")
+    session = open_session(start, **LORA)
+    with torch.no_grad():
+        for parameter in session.optimiser.param_groups[0]["params"]:
+            parameter.fill_(0.3)
+    monkeypatch.setattr(type(session.adapted), "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(RestemError, match=r"merged into the weights is not the trained model: its logits differ by \d"):
+        lora.merged(session.adapted, torch.float32)
+
+
+# --- what is sampled and scored in between -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
+@pytest.mark.parametrize(
+    ("storage", "dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_the_model_in_memory_is_the_one_in_the_directory(
+    tmp_path: Path, name: str, storage: torch.dtype, dtype: torch.dtype
+) -> None:
+    """What is sampled on D_val without reading it back has bit for bit the weights that were written."""
+    start = save(tiny(name), tmp_path / "base", dtype=storage)
+    trainer = TreeTrainer(settings(epochs=1.0))
+    running = trainer.train(start, SOME, tmp_path / "out", stream="s")
+    interval = next(running)
+    held = trainer.loaded(interval.model, dtype)
+    loaded = models.load_model(interval.model, dtype=dtype)
+    assert held.dtype == dtype
+    assert held.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(held.state_dict()[key], value) for key, value in loaded.state_dict().items())
+    assert torch.equal(own_logits(held), own_logits(loaded))
+    assert trainer.loaded(start, dtype) is None
+    running.close()
+    assert trainer.loaded(interval.model, dtype) is None
+
+
+def test_log_likelihoods_are_those_that_the_sampler_drew_with() -> None:
+    model, renderer, stage = tiny(), few_shot(), problems(5)
+    with torch.no_grad():
+        model.lm_head.weight[END] *= 2
+    owed = [Owed(problem.id, index) for problem in stage for index in range(4)]
+    drawn = list(TreeSampler(model, renderer).sample(stage, owed, Decoding(temperature=1.0, max_tokens=20), stream="s"))
+    prompts = {problem.id: renderer.encode(problem) for problem in stage}
+    examples = [
+        Example(prompt_ids=prompts[s.problem_id], completion_ids=(*s.token_ids, *[END] * (s.finish == "stop"))) for s in drawn
+    ]
+    assert {sample.finish for sample in drawn} == {"stop", "length"}
+    assert log_likelihoods(model, examples, budget=300) == pytest.approx([sample.logprob for sample in drawn], abs=1e-3)
+
+
+# --- several processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_two_processes_train_as_one_does(tmp_path: Path, parallel: str) -> None:
+    """Two gloo processes, data parallel and FSDP2: the same loss curve and, up to rounding, the same weights."""
+    start = save(tiny("llama-tied"), tmp_path / "base")
+    changes = {"epochs": 2.0, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.2, "pack_tokens": 64}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    running = trainer_process(start, tmp_path / "two", *launcher, **changes, parallel=parallel, examples="SOME")
+    assert running.wait() == 0
+    alone = train(start, tmp_path / "one", **changes)
+    together = train(start, tmp_path / "two", **changes)  # complete: read, not trained
+    for one, two in zip(alone, together, strict=True):
+        assert [step["loss"] for step in two.metrics["history"]] == pytest.approx(
+            [step["loss"] for step in one.metrics["history"]], rel=1e-5
+        )
+        assert [step["gradient_norm"] for step in two.metrics["history"]] == pytest.approx(
+            [step["gradient_norm"] for step in one.metrics["history"]], rel=1e-4
+        )
+    expected, found = weights_of(alone[-1].model), weights_of(together[-1].model)
+    assert expected.keys() == found.keys()
+    base = weights_of(start)
+    moved = torch.cat([(expected[key] - base[key]).flatten() for key in expected]).norm()
+    assert torch.cat([(expected[key] - found[key]).flatten() for key in expected]).norm() < 0.01 * moved
+    assert transformers.AutoModelForCausalLM.from_pretrained(together[-1].model) is not None
+
+
+def test_a_share_leaves_nothing_out_and_gives_everyone_as_many() -> None:
+    everyone = []
+    for rank in range(3):
+        processes = Processes()
+        processes.count, processes.rank = 3, rank
+        everyone.append(processes.share(list(range(7))))
+    assert [len(share) for share in everyone] == [3, 3, 3]
+    assert sorted(item for share in everyone for item in share if item is not None) == list(range(7))
+
+
+def test_the_defaults_are_those_of_the_recipe() -> None:
+    assert ImproveConfig().lora_rank == 0 and ImproveConfig().weights == "float32" and ImproveConfig().parallel == "replicate"

@@ -71,10 +71,14 @@ def run(
     from restem.algorithm import rest_em
     from restem.files import read_json
     from restem.run import Run
+    from restem.training.launch import only_the_first_process_goes_on
 
-    with Run(loaded, out, resume=resume, command=command) as opened:
-        opened.talk.say(announce(loaded, opened.task, out))
-        rest_em(opened)
+    with only_the_first_process_goes_on() as is_first:
+        if not is_first:
+            return
+        with Run(loaded, out, resume=resume, command=command) as opened:
+            opened.talk.say(announce(loaded, opened.task, out))
+            rest_em(opened)
     result = read_json(out / "result.json")
     typer.echo(json.dumps(result) if json_ else result_table(result, out))
 
@@ -129,6 +133,62 @@ def check(
     typer.echo(json.dumps(report) if json_ else check_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+@app.command("show-mask")
+def show_mask(
+    recipe_or_run: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe (file or name), or a run directory to see what it kept.")
+    ],
+    problems: Annotated[int, typer.Option(min=1, help="How many training problems to pack.")] = 2,
+    completions: Annotated[int, typer.Option(min=1, help="At most so many completions of each.")] = 2,
+    full: Annotated[bool, typer.Option("--full", help="Show long prompts whole.")] = False,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show one packed training batch: which tokens are prompt, which are trained on, and what attends to what.
+
+    Training packs examples into a tree: the shared prompt once, each problem once below it, each completion below its problem.
+    A token attends to its ancestors and its own past, never to a sibling, and text positions restart at a branch. So a
+    completion is trained as if its prompt and it stood alone in a row. The loss falls on completions only, end token included.
+
+    Only the tokenizer and the task are loaded, no weights. Given a recipe, reference answers stand in for sampled solutions.
+    """
+    from restem.mask import open_mask
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    view = open_mask(recipe_or_run, set_ or [], problems=problems, completions=completions, say=say)
+    if json_:
+        typer.echo(json.dumps(view.as_dict()))
+        return
+    from rich.console import Console
+
+    from restem.show_mask import print_mask
+
+    print_mask(view, Console(), full=full)
+
+
+@app.command()
+def grade(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    verifier: Annotated[str | None, typer.Option(help="Another verifier than the run's: a name or file.py:function.")] = None,
+    second_opinion: Annotated[
+        bool, typer.Option("--second-opinion", help="Mathematics: ask hendrycks-style equality and Math-Verify as well.")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Replace the run's grades. What it has trained on stays as it was.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that grade.")] = 1,
+    json_: JsonOption = False,
+) -> None:
+    """Replay the verifier over a run's samples and show what would change; nothing is sampled again."""
+    from restem.regrade import regrade
+    from restem.show import regrade_text
+
+    found = regrade(run, verifier=verifier, second=second_opinion, write=write, workers=workers)
+    typer.echo(json.dumps(found) if json_ else regrade_text(found))
 
 
 @app.command()

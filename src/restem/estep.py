@@ -129,11 +129,10 @@ class _Shard:
             self._write_grades()
 
     def _write_grades(self) -> None:
-        rows = []
-        for key in sorted(self.grades, key=self._order()):
-            grade = self.grades[key].result()
-            rows.append({**key._asdict(), **{name: getattr(grade, name) for name in _GRADE_FIELDS}})
-        write_rows(self.stage.grades_part(self.number), rows, _grade_schema())
+        keys = sorted(self.grades, key=self._order())
+        write_grades(
+            self.stage.directory, self.number, [self.samples[k] for k in keys], [self.grades[k].result() for k in keys]
+        )
         self.done = True
         self.grades = {}
 
@@ -186,6 +185,15 @@ def read_part(directory: Path, number: int) -> Iterator[Sample]:
     for row in read_rows(directory / "samples" / name):
         found = grades[row["problem_id"], row["index"]]
         yield replace(_sample(row), **{name: found[name] for name in _GRADE_FIELDS})
+
+
+def write_grades(directory: Path, number: int, samples: Sequence[Sample], grades: Sequence[Grade]) -> None:
+    """Write one part of grades, a row for every sample of the part."""
+    rows = [
+        {"problem_id": sample.problem_id, "index": sample.index, **{name: getattr(grade, name) for name in _GRADE_FIELDS}}
+        for sample, grade in zip(samples, grades, strict=True)
+    ]
+    write_rows(directory / "grades" / f"part-{number:05d}.parquet", rows, _grade_schema())
 
 
 _GRADE_FIELDS = ("reward", "answer", "reason", "note")

@@ -90,6 +90,29 @@ def check_text(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "ok" if report["ok"] else "not ok: mend what is listed, or give another task.verifier"])
 
 
+def regrade_text(found: dict[str, Any]) -> str:
+    """The outcome of `restem grade` in words."""
+    share = found["changed"] / max(1, found["samples"])
+    lines = [
+        f"{found['run']}: {found['samples']} samples graded again with {found['verifier']}; "
+        f"{found['changed']} changed ({share:.1%})"
+    ]
+    lines += [f"  {count:6}  {change}" for change, count in found["changes"].items()]
+    for change in found["first_changes"]:
+        before, now = change["before"], change["now"]
+        lines.append(
+            f"{change['stage']} {change['problem_id']} #{change['index']}: {before['reason']} -> {now['reason']}, "
+            f"answer {now['answer']!r:.80}, reference {change['reference']!r:.80} {now['note']}"
+        )
+    if opinions := found.get("second_opinions"):
+        lines.append(f"second opinions on {opinions['compared']} answers:")
+        lines += [f"  {name}: {counts or 'agrees with all'}" for name, counts in opinions["disagreements"].items()]
+        lines += [f"  {row}" for row in opinions["first"]]
+    if found["changed"] and not found["written"]:
+        lines.append("Nothing was changed. Replace the grades with --write.")
+    return "\n".join(lines)
+
+
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     """Paired comparison of two runs' accepted models, or of two evaluation folders."""
     from restem.estep import read_stage
@@ -150,8 +173,16 @@ def machine() -> dict[str, Any]:
         **hardware(),
         "extras": {name: find_spec(module) is not None for name, module in extras.items()},
         "versions": versions(),
-        "sandbox": None,
+        "sandbox": sandbox_facts(),
     }
+
+
+def sandbox_facts() -> dict[str, Any]:
+    """The rung of the sandbox ladder that holds here, and why the others are not used."""
+    from restem.sandbox import examine
+
+    rungs = examine()
+    return {"rung": rungs.best, "failures": {rung: list(reasons) for rung, reasons in rungs.failures.items() if reasons}}
 
 
 def machine_text(facts: dict[str, Any]) -> str:
@@ -161,7 +192,9 @@ def machine_text(facts: dict[str, Any]) -> str:
         f"{'extra ' + name:<14} " + ("installed" if there else f'absent: pip install "restem[{name}]"')
         for name, there in facts["extras"].items()
     ]
-    lines.append(f"{'sandbox':<14} none yet: no task here runs programs")
+    sandbox = facts["sandbox"]
+    lines.append(f"{'sandbox':<14} {sandbox['rung'] or 'none holds here: programs of a model are not run'}")
+    lines += [f"{'':<14} not {rung}: {'; '.join(reasons)}" for rung, reasons in sandbox["failures"].items()]
     return "\n".join([*lines, f"{'versions':<14} " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items())])
 
 

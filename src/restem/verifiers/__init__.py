@@ -21,6 +21,7 @@ GROUP = "restem.verifiers"
 """The entry point group under which a package offers its verifiers."""
 
 _BUILT_IN = {
+    "code": "restem.verifiers.code:verify",
     "math": "restem.verifiers.math:verify",
     "choice": "restem.verifiers.choice:verify",
     "exact": "restem.verifiers.choice:exact",

@@ -41,6 +41,11 @@ _SYMBOLS = {
     "\u2009": " ",
     "\u221a": r"\sqrt ",
     "\u2205": r"\emptyset ",
+    "\u200b": "",
+    "\u200c": "",
+    "\u200d": "",
+    "\u2060": "",
+    "\ufeff": "",
     "\u20ac": r"\text{euros} ",
     "\u00a3": r"\text{pounds} ",
 }
@@ -64,6 +69,7 @@ _COMMANDS = (
     ),
     (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|\\degree(?![A-Za-z])"), r"\\text{ degrees}"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\{,\}|,\\!"), ","),
     (re.compile(r"(?<=\d)\\[,; ](?=\d{3}(?!\d))"), ","),
     (re.compile(r"(?<!\\)\\!"), ""),
@@ -76,6 +82,9 @@ _COMMANDS = (
     (re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])"), r"\1\\frac{\2}{\3}"),
 )
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{(.*)\}", re.DOTALL)
+_GROUPS = re.compile(r"-?\d{1,3}(?: \d{3})+")
+"""Thousands by blanks. Groups of three only: "3 5" is not 35."""
 
 
 def normalise(answer: str) -> str:
@@ -85,9 +94,23 @@ def normalise(answer: str) -> str:
     for pattern, replacement in _COMMANDS:
         text = pattern.sub(replacement, text)
     text = text.strip()
+    if (box := _BOX.fullmatch(text)) and is_sane(box[1]) and _closes_last(box[1]):
+        text = box[1].strip()
+    if _GROUPS.fullmatch(text):
+        text = text.replace(" ", "")
     while text.endswith((".", ",", ";", ":")):
         text = text[:-1].rstrip()
     return text
+
+
+def _closes_last(inside: str) -> bool:
+    """Whether a brace opened before `inside` is closed only behind it."""
+    depth = 0
+    for char in re.sub(r"\\[{}]", "", inside):
+        depth += (char == "{") - (char == "}")
+        if depth < 0:
+            return False
+    return True
 
 
 def key(text: str) -> str:

@@ -19,7 +19,10 @@ from restem.verifiers.math.quantity import same_quantity
 _SEPARATOR = re.compile(r",\s*\\text\{\s*(?:and|or)\s*\}|\\text\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+|[,;]")
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[=<>]")
-_LABEL = re.compile(r"(?:\\?[A-Za-z]+|[A-Za-z](?:_\{?\w+\}?)?|[A-Za-z]\(\s*[A-Za-z]\s*\)|\\text\{[A-Za-z ]+\})")
+_LABEL = re.compile(
+    r"(?:\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)|"
+    r"\\?[A-Za-z]+|[A-Za-z](?:_\{?\w+\}?)?|[A-Za-z]\(\s*[A-Za-z]\s*\)|\\text\{[A-Za-z ]+\})"
+)
 _MATRIX = re.compile(r"\\begin\{(p|b|v|B|V|)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])")
 _SPOKEN = re.compile(r"\\text\s*\{([^{}]*)\}")

@@ -32,14 +32,17 @@ class Exemplar:
 class Prompt:
     """How a question is put to a model."""
 
-    style: Literal["few-shot", "chat"] = "few-shot"
-    """ "few-shot" continues plain text, as the paper does; "chat" uses the tokenizer's chat template."""
+    style: Literal["few-shot", "chat", "plain"] = "few-shot"
+    """ "few-shot" continues plain text, as the paper does; "chat" uses the tokenizer's chat template; "plain" is the question
+    alone, character by character, for questions that are the beginning of the answer (HumanEval)."""
     instruction: str = ""
     """Said once, before all else. In a chat it opens the first user turn: some templates refuse a system turn."""
     exemplars: tuple[Exemplar, ...] = ()
     """Worked problems, in order; in a chat they are earlier turns."""
     question_label: str = "Question:"
     answer_label: str = "Answer:"
+    ends: tuple[str, ...] = ()
+    """More strings that end a completion of plain text or few-shot."""
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -50,17 +53,21 @@ class Prompt:
         """
         if self.style == "chat":
             return ()
+        if self.style == "plain":
+            return self.ends
         taught = self.exemplars and not any("\n\n" in exemplar.solution for exemplar in self.exemplars)
-        return (("\n\n",) if taught else ()) + (f"\n{self.question_label}",)
+        return (("\n\n",) if taught else ()) + (f"\n{self.question_label}", *self.ends)
 
     def text(self, problem: Problem, tokenizer: Tokenizer = None) -> str:
         """Render the prompt of a problem. A chat needs the tokenizer, for its template."""
+        if self.style == "plain":
+            return problem.question
         return self._few_shot(problem) if self.style == "few-shot" else self._chat(problem, tokenizer)
 
     def encode(self, problem: Problem, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Tokenize the prompt; a BOS comes from the tokenizer (few-shot) or from the template (chat), never both."""
         ids = tuple(tokenizer(self.text(problem, tokenizer), add_special_tokens=False)["input_ids"])
-        if self.style == "few-shot" and _adds_bos(tokenizer) and ids[:1] != (tokenizer.bos_token_id,):
+        if self.style != "chat" and _adds_bos(tokenizer) and ids[:1] != (tokenizer.bos_token_id,):
             return (tokenizer.bos_token_id, *ids)
         return ids
 

@@ -20,7 +20,7 @@ from restem.tasks.task import Task
 
 __all__ = ["Task", "content_hash", "load_task", "names"]
 
-BUILT_IN = ("arithmetic", "gsm8k", "math", "math500")
+BUILT_IN = ("apps", "arithmetic", "gsm8k", "humaneval", "math", "math500", "mbpp")
 GROUP = "restem.tasks"
 """The entry point group of other packages' tasks: functions with the keywords of `load_task` that return a Task."""
 

@@ -106,7 +106,7 @@ def test_a_function_in_a_file_is_a_verifier(tmp_path: Any) -> None:
     ("spec", "says"),
     [
         ("maths", 'Did you mean "math"'),
-        ("nonsense", "choice, code, exact, math"),
+        ("nonsense", "bbh, bbh-strict, choice, code, exact, math"),
         ("restem.verifiers.choice:exakt", 'Did you mean "exact"'),
         ("no_such_package.module:f", "no_such_package"),
         ("no/such/file.py:f", "there is no file"),

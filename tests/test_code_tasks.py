@@ -15,7 +15,7 @@ from restem.errors import RestemError
 from restem.preflight import check
 from restem.tasks import apps
 from restem.tasks.humaneval import helpers
-from restem.verifiers.code import CodeTests, verify
+from restem.verifiers.code import CodeTests, run_tests, verify
 
 DATA = os.environ.get("RESTEM_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RESTEM_DATA is not set")
@@ -78,8 +78,10 @@ def test_apps_is_read_from_json_lines_and_its_references_pass() -> None:
     task = load_task("apps", data=DATA)
     assert len(task.train) + len(task.val) >= 40
     assert {tests["kind"] for tests in (p.reference for p in task.train)} >= {"stdin"}
-    for problem in task.train[:5]:
-        assert verify(problem, f"```python\n{problem.meta['solution']}\n```").reward == 1, problem.id
+    for problem in task.train[:6]:
+        solution, tests = problem.meta["solution"], CodeTests.of(problem.reference)
+        # Some of the set's own solutions pass only by its loose comparison: one prints a set where an order is asked for.
+        assert 1 in (run_tests(solution, tests).reward, run_tests(solution, tests, comparison="apps").reward), problem.id
 
 
 def test_apps_is_read_from_the_archives_folders(tmp_path: Path) -> None:

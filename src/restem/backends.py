@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from restem import sampling, toy, training
-from restem.config import Recipe
+from restem.config import PromptConfig, Recipe
 from restem.errors import RestemError
 from restem.prompts import Prompt, Renderer, load_exemplars
 from restem.sampling import Sampler
@@ -32,7 +32,10 @@ class Backend(Protocol):
 
     @property
     def renderer(self) -> Renders: ...
-    def open_sampler(self, model: str) -> Sampler: ...
+    def open_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
+        """A sampler of a model; `prompt`: another one than the run's."""
+        ...
+
     def open_trainer(self, report: Report) -> Trainer: ...
     def free_sampler(self) -> None:
         """Give back the memory of the sampler."""
@@ -57,10 +60,13 @@ def open_backend(recipe: Recipe, prompt: Prompt, home: Path, say: Callable[[str]
 
 def prompt_of(recipe: Recipe, task: Task) -> Prompt:
     """The task's prompt with the recipe's changes."""
-    settings, prompt = recipe.prompt, task.prompt
-    if settings.exemplars is not None:
-        prompt = replace(prompt, exemplars=load_exemplars(settings.exemplars))
-    if settings.shots is not None:
+    return _changed(task.prompt, recipe.prompt)
+
+
+def _changed(prompt: Prompt, settings: PromptConfig) -> Prompt:
+    if settings.exemplars is not None:  # one file for all sub-tasks
+        prompt = replace(prompt, exemplars=load_exemplars(settings.exemplars), variants={})
+    if settings.shots is not None and not prompt.variants:
         if settings.shots > len(prompt.exemplars):
             raise RestemError(
                 f"prompt.shots = {settings.shots}, but there are only {len(prompt.exemplars)} exemplars. "
@@ -71,7 +77,7 @@ def prompt_of(recipe: Recipe, task: Task) -> Prompt:
         prompt = replace(prompt, style=settings.style)
     if settings.instruction is not None:
         prompt = replace(prompt, instruction=settings.instruction)
-    return prompt
+    return replace(prompt, variants={name: _changed(variant, settings) for name, variant in prompt.variants.items()})
 
 
 class HFBackend:
@@ -87,14 +93,21 @@ class HFBackend:
         tokenizer = models.load_tokenizer(self.base, trust_remote_code=recipe.model.trust_remote_code)
         self.renderer: Renderer = Renderer(prompt, tokenizer)
         self.stop = self.renderer.stop
-        self._sampler: tuple[str, Sampler] | None = None
+        self._sampler: tuple[str, Renderer, Sampler] | None = None
+        self._renderers: dict[Prompt, Renderer] = {}
         self._trainer: Any = None
         self._fingerprints: dict[str, str] = {}
         self.facts = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
 
-    def open_sampler(self, model: str) -> Sampler:
+    def open_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
         from restem import models
 
+        renderer = self.renderer
+        if prompt is not None:
+            renderer = self._renderers.setdefault(prompt, Renderer(prompt, self.renderer.tokenizer))
+        if self._sampler is not None and self._sampler[0] == model and self._sampler[1] is not renderer:
+            loaded = getattr(self._sampler[2], "model", None)  # only the prompt changes
+            self._sampler = None if loaded is None else (model, renderer, self._sampler_of(loaded, renderer))
         if self._sampler is None or self._sampler[0] != model:
             self._sampler = None  # free the former model before the next is loaded
             trust = self.recipe.model.trust_remote_code
@@ -102,24 +115,24 @@ class HFBackend:
             loaded = self._trainer.loaded(model, self.dtype) if hasattr(self._trainer, "loaded") else None
             if loaded is None:
                 loaded = models.load_model(model, dtype=self.dtype, device=self.device, trust_remote_code=trust)
-            self._sampler = (model, self._sampler_of(loaded))
-        return self._sampler[1]
+            self._sampler = (model, renderer, self._sampler_of(loaded, renderer))
+        return self._sampler[2]
 
-    def _sampler_of(self, model: Any) -> Sampler:
+    def _sampler_of(self, model: Any, renderer: Renderer) -> Sampler:
         engine = self.recipe.engine
         if engine.sampler not in ("auto", "tree", "generate"):
-            return cast(Sampler, sampling.plugin(engine.sampler)(model, self.renderer, rows=engine.rows))
+            return cast(Sampler, sampling.plugin(engine.sampler)(model, renderer, rows=engine.rows))
         from restem.compatibility import Unsupported
         from restem.sampling.generate import GenerateSampler
 
         if engine.sampler != "generate":
             try:
-                return sampling.TreeSampler(model, self.renderer, rows=engine.rows, say=self.say)
+                return sampling.TreeSampler(model, renderer, rows=engine.rows, say=self.say)
             except Unsupported as error:
                 if engine.sampler == "tree" or (self.recipe.iterations and engine.trainer in ("auto", "tree")):
                     raise  # what cannot be trained need not be sampled first
                 self.say(f"warning: {error} It is sampled with transformers' `generate`, which is many times slower.")
-        return GenerateSampler(model, self.renderer, rows=engine.rows)
+        return GenerateSampler(model, renderer, rows=engine.rows)
 
     def open_trainer(self, report: Report) -> Trainer:
         from restem import models
@@ -176,7 +189,7 @@ class ToyBackend:
         self.stop: tuple[str, ...] = ()
         self.facts: dict[str, Any] = {"device": "none: a table"}
 
-    def open_sampler(self, model: str) -> Sampler:
+    def open_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
         return toy.ToySampler(toy.load_policy(model))
 
     def open_trainer(self, report: Report) -> Trainer:

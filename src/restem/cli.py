@@ -64,7 +64,7 @@ def run(
     out = out or Path("runs") / Path(recipe).stem
     command = shlex.join(["restem", "run", recipe, *[part for s in set_ or [] for part in ("--set", s)]])
     if dry_run:
-        from restem.run import task_of
+        from restem.tasks.of_recipe import task_of
 
         typer.echo(announce(loaded, task_of(loaded), out))
         return
@@ -121,18 +121,77 @@ def check(
     json_: JsonOption = False,
 ) -> None:
     """Pre-flight: grade every reference against itself, and show that the splits do not overlap."""
-    from restem.config import load_recipe, recipe_files
+    from restem.config import load_recipe
     from restem.preflight import check as check_task
-    from restem.run import task_of
     from restem.show import check_text
-    from restem.tasks import names
+    from restem.tasks.of_recipe import task_of
 
-    is_task = task_or_recipe in names() or (not task_or_recipe.endswith(".toml") and task_or_recipe not in recipe_files())
-    source: Any = {"task": {"name": task_or_recipe, **({"data": data} if data else {})}} if is_task else task_or_recipe
-    report = check_task(task_of(load_recipe(source, set_ or []))).as_dict()
+    report = check_task(task_of(load_recipe(_source(task_or_recipe, data), set_ or []))).as_dict()
     typer.echo(json.dumps(report) if json_ else check_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+def _source(task_or_recipe: str, data: str | None) -> Any:
+    """What `load_recipe` takes: the recipe of that name, or one that only evaluates the task of that name."""
+    from restem.config import recipe_files
+    from restem.tasks import names
+
+    if task_or_recipe not in names() and (task_or_recipe.endswith(".toml") or task_or_recipe in recipe_files()):
+        return task_or_recipe
+    return {"iterations": 0, "task": {"name": task_or_recipe, **({"data": data} if data else {})}}
+
+
+@app.command("show-prompt")
+def show_prompt(
+    task_or_recipe: Annotated[str, typer.Argument(help="A task by name, a file of your own problems, or a recipe.")],
+    model: Annotated[str | None, typer.Option(help='Whose tokens: a model directory, a hub id or "embedded".')] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    index: Annotated[int, typer.Option(min=0, help="Which problem of the split, from 0.")] = 0,
+    id_: Annotated[str | None, typer.Option("--id", help="The problem with this id, in place of an index.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with one folder per set; default: the hub.")] = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show exactly what a model sees: a problem's prompt with its special tokens, how long it is, and what ends a completion.
+
+    Only the tokenizer and the task are loaded, no weights.
+    """
+    from restem.show_prompt import open_prompt
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    overrides = [*([f"model.base={model}"] if model else []), *(set_ or [])]
+    view = open_prompt(_source(task_or_recipe, data), overrides, split=split, index=index, id=id_, say=say)
+    if json_:
+        typer.echo(json.dumps(view.as_dict()))
+        return
+    from rich.console import Console
+
+    from restem.show_prompt import print_prompt
+
+    print_prompt(view, Console())
+
+
+@app.command()
+def sheet(
+    file: Annotated[Path, typer.Argument(help="The sheet: .csv to fill in, .md to read.")],
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="Write it new, with the answers of this run or RUN/iter-NN/eval/TASK.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Grade by hand: write a sheet of a model's answers, or read the points back from one and add them up."""
+    from restem.sheet import open_sheet, read_sheet, score, score_text, write_sheet
+
+    if from_ is not None:
+        answers = open_sheet(from_)
+        write_sheet(file, answers)
+        typer.echo(f"{len(answers)} answers in {file}", err=True)
+        return
+    found = score(read_sheet(file))
+    typer.echo(json.dumps(found.as_dict()) if json_ else score_text(found))
 
 
 @app.command("show-mask")
@@ -206,10 +265,10 @@ def compare(
     json_: JsonOption = False,
 ) -> None:
     """Compare two models on the same test problems, paired, with an interval."""
-    from restem.show import compare_runs
+    from restem.show import compare_runs, comparison_text
 
     found = compare_runs(first, second)
-    typer.echo(json.dumps(found) if json_ else f"{second} against {first}, greedy pass@1 on {found['task']}: {found['words']}")
+    typer.echo(json.dumps(found) if json_ else comparison_text(first, second, found))
 
 
 @app.command()

@@ -130,8 +130,9 @@ class ImproveConfig(Section):
     objective: Literal["sum", "token-mean", "problem"] = "token-mean"
     """Weight of a token in an optimiser step: "sum" = Eq. 1, tokens summed and examples averaged; "token-mean" = all target
     tokens weigh the same, scale independent of length (U1); "problem" = every solved problem weighs 1 (the exact M-step)."""
-    pack_tokens: int = Field(4096, ge=64)
-    """Most tokens computed at once in training; only memory and speed depend on it, never the gradient."""
+    pack_tokens: int | None = Field(None, ge=64)
+    """Most tokens computed at once in training; only memory and speed depend on it, never the gradient. None = eight times what
+    the prompts share, from 1,536 to 4,096: a shared part is computed once per pack."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of training (U1); "auto" = bfloat16 where the processor computes in it, else float32."""
     weights: Literal["float32", "bfloat16"] = "float32"
@@ -152,12 +153,19 @@ class ImproveConfig(Section):
 
 
 class EvaluateConfig(Section):
+    tasks: tuple[str, ...] = ()
+    """More tasks to test every model on, by name: transfer and general capability (paper, section 5). Their prompts and lengths
+    are their own; `task.data` and the sizes of this section apply to them too."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many problems of each of these tasks; None = all."""
     every: bool = True
     """Evaluate on the test problems after every iteration (False: only the base and the last)."""
     k: tuple[int, ...] = (1, 8)
     """The K of pass@K; 1 is always reported too. Test decoding for it: temperature 1.0 and top-p 0.95 (paper)."""
+    majority: tuple[int, ...] = ()
+    """The k of majority votes over the same samples, for example [8, 64] (paper: 64); () = none."""
     samples: int | None = Field(None, ge=1)
-    """Samples per test problem for pass@K; None = the largest K."""
+    """Samples per test problem for pass@K and majority votes; None = the largest K."""
     problems: int | None = Field(None, ge=1)
     """How many test problems to sample for pass@K (the first ones); None = all. pass@1 is greedy on all of them (paper)."""
     temperature: float = Field(1.0, gt=0)

@@ -6,14 +6,19 @@ newcomer would get wrong: a problem whose samples could not be graded is left ou
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from restem.config import EvaluateConfig
 from restem.sampling import Decoding
-from restem.statistics import Interval, PairedTest, describe, interval, paired_test, pass_at_k
+from restem.significance import detectable_difference
+from restem.statistics import Interval, PairedTest, describe, interval, majority_at_k, paired_test, pass_at_k
 from restem.types import Problem, Sample
+
+GROUPS = ("level", "subject", "subtask", "difficulty", "steps")
+"""Fields of a problem's meta by which scores are broken down."""
 
 
 def greedy(decoding: Decoding) -> Decoding:
@@ -33,7 +38,7 @@ def sampled(decoding: Decoding, settings: EvaluateConfig) -> Decoding:
 
 def samples_for(settings: EvaluateConfig) -> int:
     """Samples per problem that pass@K needs."""
-    return max(settings.samples or 0, *settings.k)
+    return max(settings.samples or 0, *settings.k, *settings.majority)
 
 
 def rewards_by_problem(samples: Iterable[Sample]) -> dict[str, list[float]]:
@@ -61,6 +66,53 @@ def pass_at(samples: Iterable[Sample], k: int) -> Interval:
     )
 
 
+def majority_at(samples: Iterable[Sample], k: int, canonical: Callable[[str], str] = str.strip) -> Interval:
+    """Mean over problems of the chance that the most frequent of k answers is correct (`statistics.majority_at_k`).
+
+    `canonical` makes answers that mean the same equal as text. Samples that could not be graded do not count.
+    """
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.reward is not None:
+            groups.setdefault(sample.problem_id, []).append(sample)
+    return interval(
+        [
+            majority_at_k([None if s.answer is None else canonical(s.answer) for s in group], [s.reward for s in group], k)
+            for group in groups.values()
+            if len(group) >= k
+        ]
+    )
+
+
+def canonical_of(verifier: str) -> Callable[[str], str]:
+    """What makes a verifier's answers comparable as text."""
+    if verifier == "math":
+        from restem.verifiers.math import canonical
+
+        return canonical
+    return str.strip
+
+
+def variety(samples: Sequence[Sample]) -> dict[str, float]:
+    """How the sampled completions are: what collapse and drift show in first.
+
+    "distinct": share of a problem's completions that are different texts, mean over problems; "tokens": mean length;
+    "entropy": minus the mean log-probability per token, in nats, under the model itself; shares cut off and without an answer.
+    """
+    texts: dict[str, list[str]] = {}
+    for sample in samples:
+        texts.setdefault(sample.problem_id, []).append(sample.text)
+    tokens = [len(sample.token_ids) + (sample.finish == "stop") for sample in samples]
+    known = [(s.logprob, n) for s, n in zip(samples, tokens, strict=True) if s.logprob is not None]
+    return {
+        "distinct": _mean([len(set(group)) / len(group) for group in texts.values()]),
+        "tokens": _mean(tokens),
+        "entropy": -sum(logprob for logprob, _ in known) / max(1, sum(count for _, count in known)),
+        "truncated": _mean([float(sample.finish == "length") for sample in samples]),
+        "no_answer": _mean([float(sample.reason == "no_answer") for sample in samples]),
+    }
+
+
 def score(
     *,
     model: str,
@@ -70,12 +122,19 @@ def score(
     sampled_samples: Sequence[Sample],
     decoding: Mapping[str, Decoding],
     ks: Sequence[int],
+    majority: Sequence[int] = (),
+    canonical: Callable[[str], str] = str.strip,
+    problems: Sequence[Problem] = (),
 ) -> dict[str, Any]:
-    """The content of scores.json. pass@1 never stands without pass@K."""
+    """The content of scores.json. pass@1 never stands without pass@K. Greedy pass@1 also by level, subject and the like, where
+    `problems` say what theirs is."""
     metrics = {"pass@1": as_dict(pass_at(greedy_samples, 1)), "pass@1 sampled": as_dict(pass_at(sampled_samples, 1))}
     for k in sorted(set(ks) - {1}):
         metrics[f"pass@{k}"] = as_dict(pass_at(sampled_samples, k))
+    for k in sorted(set(majority)):
+        metrics[f"majority@{k}"] = as_dict(majority_at(sampled_samples, k, canonical))
     counts = Counter(sample.reason for sample in greedy_samples)
+    groups = {key: by_group(problems, greedy_samples, key) for key in GROUPS}
     return {
         "model": model,
         "task": task,
@@ -83,6 +142,8 @@ def score(
         "n": len({sample.problem_id for sample in greedy_samples}),
         "decoding": {name: value.describe() for name, value in decoding.items()},
         "metrics": metrics,
+        "groups": {key: {name: as_dict(v) for name, v in found.items()} for key, found in groups.items() if len(found) > 1},
+        "sampled": variety(sampled_samples) if sampled_samples else {},
         "counts": {str(reason): count for reason, count in sorted(counts.items(), key=lambda item: str(item[0]))},
     }
 
@@ -92,7 +153,8 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]
     one, two = rewards_by_problem(before), rewards_by_problem(after)
     both = [problem for problem in one if problem in two]
     test = paired_test([_mean(one[p]) for p in both], [_mean(two[p]) for p in both])
-    return {**_paired(test), "words": describe(test)}
+    least = detectable_difference(test.n, (test.wins + test.losses) / test.n if test.n else 0.0)
+    return {**_paired(test), "detectable": None if math.isnan(least) else least, "words": describe(test)}
 
 
 def by_group(problems: Sequence[Problem], samples: Iterable[Sample], key: str) -> dict[str, Interval]:

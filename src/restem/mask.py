@@ -17,7 +17,7 @@ from restem.errors import RestemError
 from restem.files import read_json, read_rows
 from restem.prompts import Renderer, Tokenizer
 from restem.tasks import Task
-from restem.training.batches import Pack, make_packs
+from restem.training.batches import Pack, make_packs, pack_budget
 from restem.types import Example, Problem
 
 
@@ -106,15 +106,16 @@ def open_mask(
     """
     run = Path(source) if (Path(source) / "run.json").is_file() else None
     recipe = load_recipe(read_json(run / "run.json")["recipe"] if run else source, overrides)
-    tokenizer = _tokenizer(recipe, say)
+    tokenizer = open_tokenizer(recipe, say)
     kept = _kept(run, problems, completions) if run else None
     if kept is None:
         lacking = f"{run} has kept no solutions yet" if run else "a recipe has no sampled solutions"
         say(f"{lacking}: reference answers stand in for them. A run directory in its place shows what that run has kept.")
         kept = Kept("reference answers as stand-ins", _stand_ins(recipe, tokenizer, problems, completions))
-    packs = make_packs(kept.examples, recipe.improve.objective, recipe.improve.pack_tokens)
+    budget = pack_budget(kept.examples, recipe.improve)
+    packs = make_packs(kept.examples, recipe.improve.objective, budget)
     if len(packs) > 1:
-        say(f"improve.pack_tokens = {recipe.improve.pack_tokens} makes {len(packs)} packs of them; the first one is shown.")
+        say(f"improve.pack_tokens = {budget} makes {len(packs)} packs of them; the first one is shown.")
     return MaskView(
         title=f"{recipe.task.name}, tokens of {recipe.model.base}",
         origin=kept.origin,
@@ -178,7 +179,7 @@ def _kept(run: Path, problems: int, completions: int) -> Kept | None:
 def _stand_ins(recipe: Recipe, tokenizer: Tokenizer, problems: int, completions: int) -> list[Example]:
     """What a model might have written, had it known the references, for the first training problems that have some."""
     from restem.backends import prompt_of
-    from restem.run import task_of
+    from restem.tasks.of_recipe import task_of
 
     task = task_of(recipe)
     renderer = Renderer(prompt_of(recipe, task), tokenizer)
@@ -214,7 +215,7 @@ def _reference_texts(task: Task, problem: Problem) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def _tokenizer(recipe: Recipe, say: Callable[[str], None]) -> Tokenizer:
+def open_tokenizer(recipe: Recipe, say: Callable[[str], None]) -> Tokenizer:
     """The tokenizer of the recipe's model. Of a hub model nothing else is fetched; the embedded model comes whole."""
     from restem.models import load_tokenizer, locate
 

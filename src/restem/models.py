@@ -202,6 +202,16 @@ def logits_of(model: Any, hidden: Any) -> Any:
     return logits
 
 
+def is_plain_head(model: Any) -> bool:
+    """Whether `logits_of` is one product with a matrix, and nothing else."""
+    import torch
+
+    config = model.config.get_text_config()
+    extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    head = model.get_output_embeddings()
+    return type(head) is torch.nn.Linear and head.bias is None and not any(getattr(config, name, None) for name in extras)
+
+
 def compute_dtype(choice: str, device: str) -> Any:
     """The number format for "auto": bfloat16 where the device multiplies in it natively, else float32."""
     import torch

@@ -6,6 +6,8 @@ and problems that say the same thing in other words (overlap is by content hash)
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -61,6 +63,10 @@ class CheckReport:
     """The first 20 references that were rejected or could not be graded."""
     notes: tuple[str, ...]
     """What was left out when the task was loaded."""
+    seconds_per_grading: float
+    """Median over the references."""
+    sandbox: str | None
+    """The rung that programs run in; None = this task runs none."""
 
     @property
     def is_clean(self) -> bool:
@@ -86,13 +92,15 @@ def check(task: Task) -> CheckReport:
     splits: dict[str, tuple[Problem, ...]] = {"train": task.train, "val": task.val, "test": task.test}
     exemplars = tuple(
         Problem(id=f"exemplar {number}", question=exemplar.question)
-        for number, exemplar in enumerate(task.prompt.exemplars, start=1)
+        for number, exemplar in enumerate(task.prompt.shown, start=1)
     )
-    reports, findings = {}, []
+    reports, findings, seconds = {}, [], []
     for name, problems in splits.items():
         counts: Counter[Outcome] = Counter()
         for problem in problems:
+            began = time.perf_counter()
             outcome, finding = _grade_reference(task, name, problem)
+            seconds.append(time.perf_counter() - began)
             counts[outcome] += 1
             findings += [finding] if finding else []
         reports[name] = SplitReport(
@@ -110,7 +118,15 @@ def check(task: Task) -> CheckReport:
         overlap=_overlap({**splits, "exemplars": exemplars}),
         findings=tuple(findings[:SHOWN]),
         notes=task.notes,
+        seconds_per_grading=statistics.median(seconds) if seconds else 0.0,
+        sandbox=_rung() if task.verifier_spec == "code" else None,
     )
+
+
+def _rung() -> str:
+    from restem.sandbox import choose
+
+    return choose()
 
 
 Outcome = Literal["accepted", "rejected", "ungradable", "unchecked"]

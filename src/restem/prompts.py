@@ -2,13 +2,13 @@
 
 Sampling, tuning and evaluation all take a problem's token ids from one `Renderer`, which renders each problem once:
 what is trained on is what was sampled from. A prompt is made of the question alone; the reference and the meta never
-reach it.
+reach it. All that the meta may decide is which sub-task's exemplars are shown (`Prompt.variants`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,18 @@ class Prompt:
     answer_label: str = "Answer:"
     ends: tuple[str, ...] = ()
     """More strings that end a completion of plain text or few-shot."""
+    variants: Mapping[str, Prompt] = field(default_factory=dict, hash=False)
+    """Prompts of sub-tasks, by the name that a problem's meta holds under "subtask": a benchmark of many tasks shows each its
+    own exemplars. A sub-task without one gets this prompt."""
+
+    def of(self, problem: Problem) -> Prompt:
+        """The prompt that this problem is put with."""
+        return self.variants.get(str(problem.meta.get("subtask")), self) if self.variants else self
+
+    @property
+    def shown(self) -> tuple[Exemplar, ...]:
+        """All exemplars, those of the variants included, each once."""
+        return tuple(dict.fromkeys(shot for prompt in (self, *self.variants.values()) for shot in prompt.exemplars))
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -55,14 +67,15 @@ class Prompt:
             return ()
         if self.style == "plain":
             return self.ends
-        taught = self.exemplars and not any("\n\n" in exemplar.solution for exemplar in self.exemplars)
+        taught = self.shown and not any("\n\n" in exemplar.solution for exemplar in self.shown)
         return (("\n\n",) if taught else ()) + (f"\n{self.question_label}", *self.ends)
 
     def text(self, problem: Problem, tokenizer: Tokenizer = None) -> str:
         """Render the prompt of a problem. A chat needs the tokenizer, for its template."""
-        if self.style == "plain":
+        prompt = self.of(problem)
+        if prompt.style == "plain":
             return problem.question
-        return self._few_shot(problem) if self.style == "few-shot" else self._chat(problem, tokenizer)
+        return prompt._few_shot(problem) if prompt.style == "few-shot" else prompt._chat(problem, tokenizer)
 
     def encode(self, problem: Problem, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Tokenize the prompt; a BOS comes from the tokenizer (few-shot) or from the template (chat), never both."""

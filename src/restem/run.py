@@ -29,7 +29,8 @@ from restem.sandbox import choose
 from restem.selection import select, write_selection
 from restem.statistics import Interval
 from restem.summary import summarise
-from restem.tasks import Task, load_task
+from restem.tasks import Task
+from restem.tasks.of_recipe import more_tests, task_of
 from restem.trackers import check_trackers, open_tracker
 from restem.training import Interval as TrainingInterval
 from restem.types import Example, Problem, Sample
@@ -57,6 +58,7 @@ class Run:
         self.command = command or "restem run RECIPE.toml"
         self.task = task or task_of(recipe)
         self.prompt = prompt_of(recipe, self.task)
+        self.tests = [self.task, *more_tests(recipe, self.task)]
         self.directory = RunDirectory.open(self.path, resume=resume, command=self.command)
         self.talk = Talk(self.path / "log.txt", quiet=quiet)
         with ExitStack() as undo:
@@ -69,17 +71,18 @@ class Run:
                 **self.backend.facts,
             }
             if not self.directory.is_new:
-                self.directory.go_on(recipe, self.task, facts, self.command)
+                self.directory.go_on(recipe, self.tests, facts, self.command)
                 self.talk.say(f"resuming {self.path}")
-            engine = recipe.engine
-            seconds = engine.grade_seconds or (300.0 if self.task.verifier_spec == "code" else 10.0)
-            self._pool = VerifierPool(self.task.verifier_spec, workers=engine.grade_workers, seconds=seconds)
-            undo.callback(self._pool.close, cancel=True)
-            check_trackers(engine.trackers)
+            self._pools: dict[str, VerifierPool] = {}
+            for spec in dict.fromkeys(task.verifier_spec for task in self.tests):
+                self._pools[spec] = self._open_pool(spec)
+                undo.callback(self._pools[spec].close, cancel=True)
+            check_trackers(recipe.engine.trackers)
             if self.directory.is_new:  # last: what cannot start makes no run
-                sandbox = choose() if self.task.verifier_spec == "code" else None
-                self.directory.create(recipe, self.task, {**facts, "sandbox": sandbox, "task": self._task_facts()})
-            self.monitor = Monitor(self.path, open_tracker(engine.trackers, self.path, recipe, say=self.talk.warn))
+                sandbox = choose() if "code" in self._pools else None
+                self.directory.create(recipe, self.tests, {**facts, "sandbox": sandbox, "task": self._task_facts()})
+            tracker = open_tracker(recipe.engine.trackers, self.path, recipe, say=self.talk.warn)
+            self.monitor = Monitor(self.path, tracker)
             undo.pop_all()
 
     def __enter__(self) -> Run:
@@ -89,7 +92,8 @@ class Run:
         with ExitStack() as last:
             last.callback(self.directory.close)
             last.callback(self.monitor.close, failed=kind is not None)
-            self._pool.close(cancel=kind is not None)
+            for pool in self._pools.values():
+                last.callback(pool.close, cancel=kind is not None)
 
     @property
     def iterations(self) -> range:
@@ -208,48 +212,52 @@ class Run:
         if last:
             self._train_accuracy(policy, iteration)
         if self.recipe.evaluate.every or last or iteration == 0:
-            self.test(policy, iteration)
+            for task in self.tests:
+                self.test(policy, iteration, task)
 
-    def test(self, policy: Candidate, iteration: int) -> None:
+    def test(self, policy: Candidate, iteration: int, task: Task | None = None) -> None:
         """Test problems: greedy pass@1 and sampled pass@K. The same weights are never scored twice."""
-        folder = self.at(iteration) / "eval" / self.task.name
+        task = task or self.task
+        folder = self.at(iteration) / "eval" / task.name
         if (folder / "scores.json").is_file():
-            self.monitor.tested(iteration, self.task.name, read_json(folder / "scores.json"))
+            self.monitor.tested(iteration, task.name, read_json(folder / "scores.json"))
             return
         settings = self.recipe.evaluate
-        known = self._evaluation_of(policy)
+        known = self._evaluation_of(policy, task)
         if known is not None:
             self._copy_evaluation(known, folder)
             return
-        decoding = {
-            "greedy": evaluation.greedy(self.decoding),
-            "sampled": evaluation.sampled(self.decoding, settings),
-        }
-        problems = {"greedy": self.task.test, "sampled": self.task.test[: settings.problems]}
+        own = self.decoding if task is self.task else Decoding(max_tokens=task.max_tokens, stop=task.prompt.stop)
+        decoding = {"greedy": evaluation.greedy(own), "sampled": evaluation.sampled(own, settings)}
+        problems = {"greedy": task.test, "sampled": task.test[: settings.problems]}
         count = {"greedy": 1, "sampled": evaluation.samples_for(settings)}
         drawn = {
             how: self._draw(
-                f"iteration {iteration}: test, {how}",
+                f"iteration {iteration}: {'test' if task is self.task else task.name}, {how}",
                 folder / how,
                 problems[how],
                 count[how],
                 decoding[how],
-                f"test {self.task.name} {how}",
+                f"test {task.name} {how}",
                 policy,
+                task,
             )
             for how in decoding
         }
         scores = evaluation.score(
             model=relative(self.path, policy.model),
-            task=self.task.name,
+            task=task.name,
             split="test",
             greedy_samples=drawn["greedy"],
             sampled_samples=drawn["sampled"],
             decoding=decoding,
             ks=settings.k,
+            majority=settings.majority,
+            canonical=evaluation.canonical_of(task.verifier_spec),
+            problems=task.test,
         )
         write_json(folder / "scores.json", {**scores, "fingerprint": policy.fingerprint})
-        self.monitor.tested(iteration, self.task.name, scores)
+        self.monitor.tested(iteration, task.name, scores)
 
     def finish(self, accepted: Candidate) -> Candidate:
         """End the run: result.json and the report. The accepted policy is the run's model."""
@@ -274,7 +282,9 @@ class Run:
         decoding: Decoding,
         stream: str,
         policy: Candidate,
+        task: Task | None = None,
     ) -> list[Sample]:
+        task = task or self.task
         stage = Stage(
             directory=directory,
             problems=problems,
@@ -289,7 +299,14 @@ class Run:
             watch.resumed(sum(len(stage.shards()[shard]) * samples for shard in present))
             found = self.backend.fingerprint(policy.model) if not stage.is_complete() else policy.fingerprint
             assert found == policy.fingerprint, "the sampled weights are the policy's"
-            return draw(stage, lambda: self.backend.open_sampler(policy.model), self._pool, watch)
+            prompt = None if task is self.task else task.prompt
+            pool = self._pools[task.verifier_spec]
+            return draw(stage, lambda: self.backend.open_sampler(policy.model, prompt), pool, watch)
+
+    def _open_pool(self, verifier: str) -> VerifierPool:
+        engine = self.recipe.engine
+        seconds = engine.grade_seconds or (300.0 if verifier == "code" else 10.0)
+        return VerifierPool(verifier, workers=engine.grade_workers, seconds=seconds)
 
     def _task_facts(self) -> dict[str, Any]:
         """What the task decided where the recipe left it to the task."""
@@ -301,7 +318,7 @@ class Run:
             "prompt": {
                 "style": self.prompt.style,
                 "instruction": self.prompt.instruction,
-                "exemplars": [[e.question, e.solution] for e in self.prompt.exemplars],
+                "exemplars": [[e.question, e.solution] for e in self.prompt.shown],
             },
         }
 
@@ -354,8 +371,8 @@ class Run:
         file = self.at(iteration) / "iteration.json"
         return from_dict(self.path, read_json(file)) if file.is_file() else None
 
-    def _evaluation_of(self, policy: Candidate) -> Path | None:
-        for file in sorted(self.path.glob(f"iter-*/eval/{self.task.name}/scores.json")):
+    def _evaluation_of(self, policy: Candidate, task: Task) -> Path | None:
+        for file in sorted(self.path.glob(f"iter-*/eval/{task.name}/scores.json")):
             if read_json(file)["fingerprint"] == policy.fingerprint:
                 return file.parent
         return None
@@ -363,28 +380,6 @@ class Run:
     def _copy_evaluation(self, known: Path, folder: Path) -> None:
         with finish_directory(folder) as temporary:
             shutil.copytree(known, temporary, dirs_exist_ok=True)
-
-
-def task_of(recipe: Recipe) -> Task:
-    """Load the task that a recipe names."""
-    t = recipe.task
-    task = load_task(
-        t.name,
-        data=t.data,
-        question=t.question,
-        answer=t.answer,
-        id=t.id,
-        verifier=t.verifier,
-        train=t.train,
-        val=t.val,
-        test=t.test,
-        seed=recipe.seed,
-        options=t.options,
-    )
-    for name, needed in (("train", recipe.iterations > 0), ("val", recipe.iterations > 0), ("test", True)):
-        if needed and not getattr(task, name):
-            raise RestemError(f"the task {task.name} has no {name} problems, and a run needs some.")
-    return task
 
 
 def _verdict(best: Candidate) -> str:

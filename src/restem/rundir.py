@@ -93,16 +93,16 @@ class RunDirectory:
     def is_new(self) -> bool:
         return not (self.path / "run.json").is_file()
 
-    def create(self, recipe: Recipe, task: Task, facts: dict[str, Any]) -> None:
-        """Write the problems, then run.json, which makes the directory a run."""
-        for name, problems in splits(task).items():
+    def create(self, recipe: Recipe, tasks: Sequence[Task], facts: dict[str, Any]) -> None:
+        """Write the problems, then run.json, which makes the directory a run. `tasks`: the run's own first."""
+        for name, problems in splits(tasks).items():
             write_rows(self.path / "problems" / f"{name}.parquet", [_row(p) for p in problems], _schema())
         write_json(
             self.path / "run.json",
             {
                 "recipe": json.loads(recipe.model_dump_json()),
-                "problems": problem_digests(task),
-                "notes": list(task.notes),
+                "problems": problem_digests(tasks),
+                "notes": [note for task in tasks for note in task.notes],
                 "sandbox": None,
                 **facts,
                 "argv": sys.argv,
@@ -113,7 +113,7 @@ class RunDirectory:
             },
         )
 
-    def go_on(self, recipe: Recipe, task: Task, facts: dict[str, Any], command: str) -> None:
+    def go_on(self, recipe: Recipe, tasks: Sequence[Task], facts: dict[str, Any], command: str) -> None:
         """Take up the run that lies here: RestemError if the recipe, the data or the base differ from those that made it."""
         saved = read_json(self.path / "run.json")
         old, new = flatten(Recipe.model_validate(saved["recipe"])), flatten(recipe)
@@ -131,7 +131,7 @@ class RunDirectory:
                 + f"\n  to go on with it:           {command} --out {self.path} --resume {settings}".rstrip()
                 + f"\n  to run the changed recipe: {command} --out {self.path}-2"
             )
-        found = problem_digests(task)
+        found = problem_digests(tasks)
         changed = [name for name, digest in saved["problems"].items() if found.get(name) != digest]
         if changed:
             raise RestemError(
@@ -147,15 +147,16 @@ class RunDirectory:
             write_json(self.path / "run.json", {**saved, "recipe": json.loads(recipe.model_dump_json())})
 
 
-def splits(task: Task) -> dict[str, Sequence[Problem]]:
-    return {"train": task.train, "val": task.val, f"test-{task.name}": task.test}
+def splits(tasks: Sequence[Task]) -> dict[str, Sequence[Problem]]:
+    """Training and D_val problems of the first task, test problems of all."""
+    return {"train": tasks[0].train, "val": tasks[0].val, **{f"test-{task.name}": task.test for task in tasks}}
 
 
-def problem_digests(task: Task) -> dict[str, str]:
+def problem_digests(tasks: Sequence[Task]) -> dict[str, str]:
     """A hash of every split's content, in order."""
     return {
         name: hashlib.blake2b(json.dumps([_row(p) for p in problems]).encode(), digest_size=8).hexdigest()
-        for name, problems in splits(task).items()
+        for name, problems in splits(tasks).items()
     }
 
 

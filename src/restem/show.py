@@ -79,6 +79,8 @@ def check_text(report: dict[str, Any]) -> str:
     lines = [
         f"{report['task']}, verifier {report['verifier']}: every reference graded against itself",
         table(["split", "problems", "accepted", "rejected", "ungradable", "unchecked"], rows),
+        f"{1000 * report['seconds_per_grading']:.2g} ms a grading"
+        + (f", sandbox {report['sandbox']}" if report["sandbox"] else ""),
         *report["notes"],
     ]
     overlaps = {pair: ids for pair, ids in report["overlap"].items() if ids}
@@ -120,6 +122,17 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
 
     one, two = _evaluation_folder(first), _evaluation_folder(second)
     return {"task": two.name, **compare(read_stage(one / "greedy"), read_stage(two / "greedy"))}
+
+
+def comparison_text(first: Path, second: Path, found: dict[str, Any]) -> str:
+    """The outcome of `restem compare` in words."""
+    lines = [f"{second} against {first}, greedy pass@1 on {found['task']}: {found['words']}"]
+    if found["detectable"] is not None:
+        lines.append(
+            f"With {found['n']} problems, of which {found['wins'] + found['losses']} changed, a difference below "
+            f"{100 * found['detectable']:.1f} points is missed more often than one time in five."
+        )
+    return "\n".join(lines)
 
 
 def _evaluation_folder(path: Path) -> Path:
@@ -166,6 +179,7 @@ def machine() -> dict[str, Any]:
 
     device = pick_device("auto")
     extras = {"hub": "datasets", "lora": "peft", "ray": "ray", "vllm": "vllm", "openai": "openai", "lm-eval": "lm_eval"}
+    extras |= {"reasoning-gym": "reasoning_gym"}
     return {
         "device": device,
         "sampler dtype": str(compute_dtype("auto", device)).removeprefix("torch."),

@@ -7,7 +7,7 @@ looks like markup or like our own signs. So every text passes `visible`, and eac
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rich.cells import chop_cells
@@ -27,7 +27,12 @@ def print_mask(view: MaskView, console: Console, *, full: bool = False) -> None:
         lines += [*_node(view, number, node, console.width, full), Text()]
     marks = ("#", "\\", ".") if console.options.ascii_only else ("\u25a0", "\u25e3", "\u00b7")
     lines += _matrix(view.nodes, console.width, marks)
-    for line in [*lines, *_totals(view)]:
+    print_lines([*lines, *_totals(view)], console)
+
+
+def print_lines(lines: Iterable[Text], console: Console) -> None:
+    """Print lines that are folded already; what the terminal's encoding lacks is escaped."""
+    for line in lines:
         line.plain = line.plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
         console.print(line, soft_wrap=True)
 
@@ -87,7 +92,7 @@ def _node(view: MaskView, number: int, node: MaskNode, width: int, full: bool) -
         count = "1 target" if len(node.targets) == 1 else f"{len(node.targets)} targets"
         yield Text(f"{margin}    {count}, predicted at packed {ranges(node.sources)}, {training}")
     for mark, text in _pieces(view, node, full):
-        for line in _fold(visible(text), max(20, width - len(margin) - 6)):
+        for line in fold(visible(text), max(20, width - len(margin) - 6)):
             yield Text.assemble(margin, "    ", (f"{mark.sign} ", "bold"), (line, mark.style))
 
 
@@ -106,7 +111,7 @@ def _pieces(view: MaskView, node: MaskNode, full: bool) -> Iterator[tuple[Mark, 
         yield READ, view.decode(node.tokens[-EDGE:])
 
 
-def _fold(text: str, width: int) -> Iterator[str]:
+def fold(text: str, width: int) -> Iterator[str]:
     """Lines of at most so many columns that hold every character: broken behind a blank if there is one."""
     for line in text.split("\n"):
         while line:

@@ -75,7 +75,9 @@ def _row(run: Path, number: int) -> dict[str, Any]:
     folder = run / f"iter-{number:02d}"
     selection = _read(folder / "selection.json") or {}
     candidate = _read(folder / "iteration.json") if number else _read(folder / "val" / "candidate.json")
-    test = {file.parent.name: read_json(file) for file in sorted(folder.glob("eval/*/scores.json"))}
+    own = read_json(run / "run.json")["task"]["name"] if (run / "run.json").is_file() else ""
+    files = sorted(folder.glob("eval/*/scores.json"), key=lambda file: (file.parent.name != own, file.parent.name))
+    test = {file.parent.name: read_json(file) for file in files}  # the run's own task first
     return {
         "iteration": number,
         "kept": selection.get("kept"),

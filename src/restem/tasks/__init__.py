@@ -20,7 +20,9 @@ from restem.tasks.task import Task
 
 __all__ = ["Task", "content_hash", "load_task", "names"]
 
-BUILT_IN = ("apps", "arithmetic", "gsm8k", "humaneval", "math", "math500", "mbpp")
+BUILT_IN = ("apps", "arithmetic", "bbh", "gsm8k", "humaneval", "hungarian", "math", "math500", "mbpp")
+PARTS = {"bbh": "subtask", "reasoning-gym": "dataset"}
+"""Tasks of many parts: "NAME:PART" sets this option."""
 GROUP = "restem.tasks"
 """The entry point group of other packages' tasks: functions with the keywords of `load_task` that return a Task."""
 
@@ -41,6 +43,7 @@ def load_task(
     options: Mapping[str, Any] | None = None,
 ) -> Task:
     """Load a task by name, or the user's own problems from a file or a folder with train, val and test files.
+    "bbh:NAME" is one sub-task, "reasoning-gym:NAME" one of that library's data sets.
 
     `data`: a folder with one folder per set, for named sets (default: the Hugging Face hub). `limit` cuts each split to
     its first n; `train`, `val` and `test` are sizes of one split. Where the data has no validation split, `val`
@@ -51,9 +54,16 @@ def load_task(
     name = str(name_or_path)
     folder = None if data is None else Path(data).expanduser()
     sizes = Sizes(limit=limit, train=train, val=val, test=test)
-    if name in BUILT_IN:
+    family, colon, part = name.partition(":")
+    if name in BUILT_IN or family in PARTS:
         _refuse(name, {"question": question != "question", "answer": answer != "answer", "id": id is not None})
-        task = _built_in(name)(data=folder, sizes=sizes, seed=seed, options=options)
+        options = {**(options or {}), **_part(family, part, options or {})} if colon else options
+        task = _built_in(family)(data=folder, sizes=sizes, seed=seed, options=options)
+        if task.evaluation_only and (train or val):
+            raise RestemError(
+                f"{task.name} is to be evaluated on only: it has no training and no D_val problems.\n"
+                "Remove task.train and task.val, and evaluate with: restem evaluate MODEL --task NAME"
+            )
         return task if verifier is None else replace(task, verifier_spec=verifier)
     if name in (plugins := _plugins()):
         return _from_plugin(
@@ -68,13 +78,22 @@ def load_task(
 
 def names() -> list[str]:
     """List the tasks that have a name: the built-in ones, then those of installed packages."""
-    return [*BUILT_IN, *sorted(name for name in _plugins() if name not in BUILT_IN)]
+    return [*BUILT_IN, "reasoning-gym:NAME", *sorted(name for name in _plugins() if name not in BUILT_IN)]
 
 
 def _built_in(name: str) -> Callable[..., Task]:
-    module = importlib.import_module(f"restem.tasks.{'math' if name == 'math500' else name}")
+    module = importlib.import_module(f"restem.tasks.{'math' if name == 'math500' else name.replace('-', '_')}")
     load: Callable[..., Task] = module.load_500 if name == "math500" else module.load
     return load
+
+
+def _part(family: str, part: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The option that a name such as "bbh:navigate" sets."""
+    if not part:
+        raise RestemError(f'"{family}:" names no part of {family}.\nWrite it as {family}:NAME.')
+    if PARTS[family] in options:
+        raise RestemError(f'task.options.{PARTS[family]} and the part "{part}" of the name say the same.\nRemove one of them.')
+    return {PARTS[family]: part}
 
 
 def _plugins() -> dict[str, EntryPoint]:

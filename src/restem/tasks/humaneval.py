@@ -40,6 +40,7 @@ def load(*, data: Path | None, sizes: Sizes, seed: int = 0, options: Mapping[str
         verifier_spec="code",
         samples=64,
         max_tokens=512,
+        evaluation_only=True,
         notes=(*notes, *splits.notes),
     )
 

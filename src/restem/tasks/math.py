@@ -106,6 +106,7 @@ def _task(
         verifier_spec="math",
         max_tokens=512,
         answer_style="minerva",
+        evaluation_only=name == "math500",
         notes=notes,
     )
 

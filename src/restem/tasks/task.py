@@ -27,8 +27,10 @@ class Task:
     """Longest completion, in tokens. The paper does not state it."""
     answer_style: str = "auto"
     """How the final answer is written: auto, boxed, minerva, gsm8k or answer-is."""
+    evaluation_only: bool = False
+    """Whether its problems are to test on only: a run that would train on them, or on a part of them, is refused."""
     notes: tuple[str, ...] = ()
-    """What was left out or held out when loading, with counts."""
+    """What was left out or held out when loading, with counts, and what else the data asks for."""
 
     @cached_property
     def verifier(self) -> Verifier:

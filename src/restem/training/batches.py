@@ -98,6 +98,13 @@ class Pack:
     """The examples, by their place among those that were packed, in the order of their targets."""
 
 
+def pack_budget(examples: Sequence[Example], settings: ImproveConfig) -> int:
+    """Tokens of a pack: the recipe's, or as many as what the prompts share makes worth their memory."""
+    if settings.pack_tokens is not None:
+        return settings.pack_tokens
+    return min(4096, max(1536, 8 * shared_length([example.prompt_ids for example in examples])))
+
+
 def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list[Pack]:
     """Pack the examples of one step into trees of about `budget` tokens. Loss and gradient do not depend on the budget."""
     weights = token_weights(examples, objective)

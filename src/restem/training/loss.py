@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from restem.attention import AttentionPlan, PackAttention
 from restem.compatibility import tree_attention
-from restem.models import logits_of
+from restem.models import is_plain_head, logits_of
+from restem.sampling.decoding import log_normaliser
 from restem.training.batches import Pack, make_packs
 from restem.types import Example
 
-_CHUNK = 512  # targets whose logits are in memory at once
+_CHUNK = 1024  # targets whose logits are in memory at once
 
 
 class Losses(NamedTuple):
@@ -65,6 +66,10 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, model: Any, hidden_NH: Tensor, targets_N: Tensor, weights_N: Tensor, *head: Tensor
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4:])
+        if wanted and len(head) == 1 and is_plain_head(model) and torch.is_autocast_enabled(hidden_NH.device.type):
+            ctx.gradients, nll_N = _in_bfloat16(head[0], hidden_NH, targets_N, weights_N)
+            ctx.mark_non_differentiable(nll_N)
+            return (nll_N * weights_N).sum(), nll_N
         losses, gradients = [], []
         sums = [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in head] if wanted else []
         for hidden, targets, weights in zip(*(x.split(_CHUNK) for x in (hidden_NH, targets_N, weights_N)), strict=True):
@@ -87,6 +92,25 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden, *head = (gradient * grads[0] for gradient in ctx.gradients)
         ctx.gradients = ()
         return None, hidden, None, None, *head
+
+
+def _in_bfloat16(
+    head_VH: Tensor, hidden_NH: Tensor, targets_N: Tensor, weights_N: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Gradients and losses of a plain output layer: softmax minus one-hot, without a float32 copy of the logits.
+
+    The loss is computed in float32; products and the softmax are bfloat16, as autocast has them. Summed over chunks in float32.
+    """
+    weight_VH, hidden_NH = head_VH.to(torch.bfloat16), hidden_NH.to(torch.bfloat16)
+    total_VH, gradients, losses = torch.zeros_like(head_VH, dtype=torch.float32), [], []
+    for hidden, targets, weights in zip(*(x.split(_CHUNK) for x in (hidden_NH, targets_N, weights_N)), strict=True):
+        logits = hidden @ weight_VH.T
+        losses.append(log_normaliser(logits) - logits.gather(1, targets[:, None])[:, 0].float())
+        slope = torch.softmax(logits, -1).mul_(weights[:, None].to(logits.dtype))
+        slope[torch.arange(len(targets), device=slope.device), targets] -= weights.to(slope.dtype)
+        gradients.append(slope @ weight_VH)
+        total_VH += slope.T @ hidden
+    return (torch.cat(gradients), total_VH), torch.cat(losses)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from restem.config import ImproveConfig
 from restem.files import finish_directory
 from restem.models import load_model, load_tokenizer, save_model, storage_dtype
 from restem.training import Interval, checkpoints, lora
-from restem.training.batches import Pack, make_packs
+from restem.training.batches import Pack, make_packs, pack_budget
 from restem.training.loss import PackLoss
 from restem.training.processes import Processes, layers, shard
 from restem.types import Example
@@ -141,7 +141,7 @@ class Session:
     def _packs(self, examples: Sequence[Example]) -> list[Pack]:
         """The step's packs, enough of them for every process to have one."""
         settings = self.settings
-        packs = make_packs(examples, settings.objective, settings.pack_tokens)
+        packs = make_packs(examples, settings.objective, pack_budget(examples, settings))
         if len(packs) < self.processes.count:
             tokens = sum(len(pack.tree.tokens) for pack in packs)
             packs = make_packs(examples, settings.objective, max(64, tokens // self.processes.count))

@@ -23,6 +23,8 @@ GROUP = "restem.verifiers"
 _BUILT_IN = {
     "code": "restem.verifiers.code:verify",
     "math": "restem.verifiers.math:verify",
+    "bbh": "restem.verifiers.bbh:verify",
+    "bbh-strict": "restem.verifiers.bbh:strict",
     "choice": "restem.verifiers.choice:verify",
     "exact": "restem.verifiers.choice:exact",
 }

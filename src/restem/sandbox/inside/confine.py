@@ -7,7 +7,6 @@ Layouts are those of the kernel's linux/landlock.h, linux/seccomp.h and linux/fi
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 
@@ -60,7 +59,7 @@ def die_with_parent():
 
 def drop_capabilities():
     """What is left of root is a user that owns root's files."""
-    column, _ = _ARCHITECTURES[platform.machine()]
+    column, _ = _ARCHITECTURES[os.uname().machine]
     head, data = struct.pack("=Ii", 0x20080522, 0), bytes(24)
     _check(_libc.syscall((126, 91)[column], head, data))
 
@@ -116,7 +115,7 @@ def landlock(readable, writable=()):
 
 def seccomp():
     """From now on this process starts no process, opens no socket, and signals nobody but itself; see _FORBIDDEN."""
-    column, architecture = _ARCHITECTURES[platform.machine()]
+    column, architecture = _ARCHITECTURES[os.uname().machine]
     program = [
         _load(4),  # seccomp_data.arch
         _jump(_EQ, architecture, 1, 0),

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict, defaultdict, deque
-from decimal import Decimal
-from fractions import Fraction
 
 TYPE_CHECKING = False  # without importing typing
 if TYPE_CHECKING:
@@ -77,10 +75,10 @@ def _pack(value, keep, count, depth):
         if kind is base or (base is dict and isinstance(value, dict)):
             pairs = [[_pack(k, keep, count, depth + 1), _pack(v, keep, count, depth + 1)] for k, v in dict.items(value)]
             return {_DICTS.get(kind, "d"): pairs}
-    if kind is Fraction:
-        return {"q": [format(value.numerator, "x"), format(value.denominator, "x")]}
-    if kind is Decimal:
-        return {"n": str(value)}
+    if (kind.__module__, kind.__name__) == ("fractions", "Fraction"):
+        return {"q": [format(int(value.numerator), "x"), format(int(value.denominator), "x")]}
+    if (kind.__module__, kind.__name__) == ("decimal", "Decimal"):
+        return {"n": str.__str__(str(value))}
     if kind is range:
         return {"r": [format(part, "x") for part in (value.start, value.stop, value.step)]}
     return _odd(value, keep)
@@ -129,6 +127,11 @@ def _unpack(value, fetch, depth):
     return _SCALARS[name](inner)
 
 
+def _imported(module, name):
+    """Only where it is needed: an import costs a sandbox milliseconds."""
+    return getattr(__import__(module), name)
+
+
 _MAKERS = {"l": list, "t": tuple, "s": set, "fs": frozenset, "dq": deque}
 _SCALARS = {
     "i": lambda text: int(text, 16),
@@ -136,7 +139,7 @@ _SCALARS = {
     "b": bytes.fromhex,
     "ba": lambda text: bytearray(bytes.fromhex(text)),
     "c": lambda parts: complex(float.fromhex(parts[0]), float.fromhex(parts[1])),
-    "q": lambda parts: Fraction(int(parts[0], 16), int(parts[1], 16)),
-    "n": Decimal,
+    "q": lambda parts: _imported("fractions", "Fraction")(int(parts[0], 16), int(parts[1], 16)),
+    "n": lambda text: _imported("decimal", "Decimal")(text),
     "r": lambda parts: range(*(int(part, 16) for part in parts)),
 }

@@ -280,6 +280,11 @@ RIGHT = {
         check("assert math.isclose(f(2) ** 2, 2)"),
     ),
     "a counter": ("from collections import Counter\ndef f(s): return Counter(s)", check("assert f('aab') == {'a': 2, 'b': 1}")),
+    "a function that is named like a builtin": ("def sum(a, b): return a + b", check("assert sum(1, 2) == 3", None)),
+    "arguments that only its classes can make": (
+        "class Node:\n  def __init__(s, x): s.x, s.next = x, None\ndef f(n): return n.x + (f(n.next) if n.next else 0)",
+        CodeTests(kind="check", setup="root = Node(1)\nroot.next = Node(2)", check="assert f(root) == 3"),
+    ),
     "methods of an object": ("class A:\n  def get(s): return 5\ndef f(): return A()", check("assert f().get() == 5")),
 }
 
@@ -441,7 +446,7 @@ def humaneval(row: dict[str, Any]) -> Problem:
 
 
 def mbpp(row: dict[str, Any]) -> CodeTests:
-    return CodeTests(kind="check", check="\n".join([row["test_setup_code"], *row["test_list"]]))
+    return CodeTests(kind="check", setup=row["test_setup_code"], check="\n".join(row["test_list"]))
 
 
 @needs_data

@@ -97,10 +97,9 @@ def _rows(source: Source, split: str) -> tuple[list[Row], str]:
 
 def _normal(row: Row) -> Row:
     tests = [str(test) for test in row["test_list"]]
-    check = "\n".join([str(row.get("test_setup_code") or ""), *tests])
     return {
         "question": _question(str(row["text"]), tests),
-        "answer": CodeTests(kind="check", check=check).as_dict(),
+        "answer": CodeTests(kind="check", setup=str(row.get("test_setup_code") or ""), check="\n".join(tests)).as_dict(),
         "id": f"mbpp/{row['task_id']}",
         "solution": str(row.get("code") or "").replace("\r\n", "\n"),
     }

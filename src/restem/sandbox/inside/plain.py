@@ -49,6 +49,8 @@ def _pack(value, keep, count, depth):
     kind = type(value)
     if value is None or kind is bool:
         return value
+    if kind is type and value in _TYPES.values():
+        return {"ty": value.__name__}
     if isinstance(value, bool):
         return bool(value)
     if isinstance(value, int):
@@ -94,6 +96,7 @@ def _odd(value, keep):
     return {"ref": [reference.number, reference.kind]}
 
 
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
 _CONTAINERS = (
     (list, "l", list.__iter__),
     (tuple, "t", tuple.__iter__),
@@ -136,6 +139,7 @@ _MAKERS = {"l": list, "t": tuple, "s": set, "fs": frozenset, "dq": deque}
 _SCALARS = {
     "i": lambda text: int(text, 16),
     "f": float.fromhex,
+    "ty": _TYPES.__getitem__,
     "b": bytes.fromhex,
     "ba": lambda text: bytearray(bytes.fromhex(text)),
     "c": lambda parts: complex(float.fromhex(parts[0]), float.fromhex(parts[1])),

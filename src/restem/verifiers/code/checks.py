@@ -46,7 +46,8 @@ def run_check(program: str, tests: CodeTests, limits: Limits, rung: Rung, clock:
         return Result("verifier_error", f"the tests do not parse: {error}")
     with Box(rung) as box:
         try:
-            load(box, program, limits, preamble=False, clock=clock)
+            source = f"{program}\n\n{tests.setup}" if tests.setup.strip() else program
+            load(box, source, limits, preamble=False, clock=clock)
             remote = Remote(box, clock * limits.time_s)
             remote.start()
             has_check = any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body)
@@ -217,7 +218,9 @@ def _where(error: BaseException) -> str:
 
 def _free_names(tree: ast.AST) -> set[str]:
     """Names that the tests read, and that may be the program's."""
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id not in vars(builtins)}
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    # A program may not replace `len` or `sorted` under its tests. If they name nothing else, what they test is called so.
+    return {name for name in names if not hasattr(builtins, name)} or names
 
 
 def _modules(wanted: set[str]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ class CodeTests:
     outputs: Sequence[Any] = ()
     entry_point: str | None = None
     check: str = ""
+    setup: str = ""
+    """For a check: code that makes its arguments. It runs behind the program, inside the sandbox, so it must not hold what is
+    expected."""
     wrapped: bool = False
     """For calls: an expected list of one value stands for that value as well, as in APPS' files."""
 

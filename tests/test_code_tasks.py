@@ -13,10 +13,12 @@ import pytest
 from restem import load_task
 from restem.errors import RestemError
 from restem.preflight import check
+from restem.sandbox import examine
 from restem.tasks import apps
 from restem.tasks.humaneval import helpers
 from restem.verifiers.code import CodeTests, run_tests, verify
 
+pytestmark = pytest.mark.skipif(examine().best is None, reason="no sandbox holds on this machine")
 DATA = os.environ.get("RESTEM_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RESTEM_DATA is not set")
 

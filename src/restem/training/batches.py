@@ -102,7 +102,7 @@ def pack_budget(examples: Sequence[Example], settings: ImproveConfig) -> int:
     """Tokens of a pack: the recipe's, or as many as what the prompts share makes worth their memory."""
     if settings.pack_tokens is not None:
         return settings.pack_tokens
-    return min(4096, max(1536, 16 * shared_length([example.prompt_ids for example in examples])))
+    return min(4096, max(1024, 16 * shared_length([example.prompt_ids for example in examples])))
 
 
 def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list[Pack]:

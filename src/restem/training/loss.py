@@ -19,7 +19,7 @@ from restem.sampling.decoding import log_normaliser
 from restem.training.batches import Pack, make_packs
 from restem.types import Example
 
-_CHUNK = 1024  # targets whose logits are in memory at once
+_CHUNK = 512  # targets whose logits are in memory at once
 
 
 class Losses(NamedTuple):

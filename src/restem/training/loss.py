@@ -107,8 +107,8 @@ def _in_bfloat16(
         logits = hidden @ weight_VH.T
         losses.append(log_normaliser(logits) - logits.gather(1, targets[:, None])[:, 0].float())
         slope = torch.softmax(logits, -1).mul_(weights[:, None].to(logits.dtype))
-        # p - 1 of the target, from its loss: in bfloat16 the difference would vanish where the model is sure, as it is of what it
-        # has sampled itself.
+        # p - 1 of the target, from its loss: in bfloat16 the difference would vanish where the model is sure, as it is of what
+        # it has sampled itself.
         of_targets = (weights * torch.expm1(-losses[-1])).to(slope.dtype)
         slope[torch.arange(len(targets), device=slope.device), targets] = of_targets
         gradients.append(slope @ weight_VH)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from commands import Command, in_process
 from restem.attention import AttentionPlan
-from restem.cli import main
 from restem.config import load_recipe
 from restem.files import read_rows, write_json
 from restem.mask import MaskView, open_mask, view_pack
@@ -24,7 +23,6 @@ from restem.types import Example
 from tiny_models import END, tokenizer
 
 TOKENIZER = tokenizer()
-ShowMask = Callable[..., tuple[int, str, str]]
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -84,18 +82,8 @@ def recipe(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def show_mask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> ShowMask:
-    """The command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["restem", "show-mask", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
+def show_mask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return in_process("show-mask", monkeypatch, capsys, columns=120)
 
 
 def write_run(folder: Path, recipe: Path, iterations: Sequence[Sequence[Example]]) -> Path:
@@ -201,7 +189,7 @@ def test_a_completion_of_weight_0_is_shown_as_read_only() -> None:
 # --- where the batch comes from ----------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_shows_reference_answers_and_says_so(recipe: Path, show_mask: ShowMask) -> None:
+def test_a_recipe_shows_reference_answers_and_says_so(recipe: Path, show_mask: Command) -> None:
     code, out, err = show_mask(recipe)
     assert code == 0
     assert "reference answers stand in for them" in err and "stand in for" not in out
@@ -217,7 +205,7 @@ def test_the_end_token_follows_every_stand_in(recipe: Path) -> None:
     assert targets == [(*ids(f" The answer is {2 * n}."), END) for n in (1, 2, 3)]
 
 
-def test_a_run_shows_the_solutions_that_it_kept_last(recipe: Path, tmp_path: Path, show_mask: ShowMask) -> None:
+def test_a_run_shows_the_solutions_that_it_kept_last(recipe: Path, tmp_path: Path, show_mask: Command) -> None:
     old, new = [example("p9", "Q: 9=", 0, "old")], [*SUMS, example("p3", "Q: 3=", 0, "too far down")]
     run = write_run(tmp_path / "run", recipe, [old, new, []])
     code, out, err = show_mask(run)
@@ -230,19 +218,19 @@ def test_a_run_shows_the_solutions_that_it_kept_last(recipe: Path, tmp_path: Pat
             assert list(node.targets) == rows[node.example.problem_id, node.example.index]["completion_ids"]
 
 
-def test_a_run_without_solutions_falls_back_to_its_recipe(recipe: Path, tmp_path: Path, show_mask: ShowMask) -> None:
+def test_a_run_without_solutions_falls_back_to_its_recipe(recipe: Path, tmp_path: Path, show_mask: Command) -> None:
     run = write_run(tmp_path / "run", recipe, [])
     code, out, err = show_mask(run)
     assert code == 0 and f"{run} has kept no solutions yet" in err and "The answer is 2." in out
 
 
-def test_set_changes_what_is_packed(recipe: Path, show_mask: ShowMask) -> None:
+def test_set_changes_what_is_packed(recipe: Path, show_mask: Command) -> None:
     code, out, err = show_mask(recipe, "--set", "improve.objective=problem", "--set", "improve.pack_tokens=64")
     assert code == 0 and 'improve.objective = "problem"' in out
     assert "improve.pack_tokens = 64 makes" in err and "the first one is shown" in err
 
 
-def test_json_is_one_line_with_the_same_numbers(recipe: Path, show_mask: ShowMask) -> None:
+def test_json_is_one_line_with_the_same_numbers(recipe: Path, show_mask: Command) -> None:
     code, out, _ = show_mask(recipe, "--json")
     view = open_mask(str(recipe), say=lambda text: None)
     assert code == 0 and out.count("\n") == 1
@@ -251,13 +239,13 @@ def test_json_is_one_line_with_the_same_numbers(recipe: Path, show_mask: ShowMas
 
 
 @pytest.mark.parametrize("toy", ["toy", "toy:table"])
-def test_the_toy_has_nothing_to_show(recipe: Path, show_mask: ShowMask, toy: str) -> None:
+def test_the_toy_has_nothing_to_show(recipe: Path, show_mask: Command, toy: str) -> None:
     code, out, err = show_mask(recipe, "--set", f"model.base={toy}")
     assert (code, out) == (1, "")
     assert "there is nothing to show" in err and "--set model.base=embedded" in err
 
 
-def test_a_task_whose_references_cannot_be_written_down_is_named(recipe: Path, tmp_path: Path, show_mask: ShowMask) -> None:
+def test_a_task_whose_references_cannot_be_written_down_is_named(recipe: Path, tmp_path: Path, show_mask: Command) -> None:
     for file in (tmp_path / "sums").glob("*.jsonl"):
         rows = [json.loads(line) | {"answer": ["a", "list"]} for line in file.read_text().splitlines()]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))

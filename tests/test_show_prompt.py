@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import Command, in_process
 from restem import load_task
-from restem.cli import main
 from restem.prompts import Prompt
 from restem.show_prompt import open_prompt
 from tiny_models import END, tokenizer
 
-ShowPrompt = Callable[..., tuple[int, str, str]]
 INSTRUCTION = 'Solve the problem. End with "The answer is X.", X being the answer.'
 TEMPLATE = "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
 
@@ -52,18 +49,8 @@ def recipe(base: Path, sums: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def show_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> ShowPrompt:
-    """The command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["restem", "show-prompt", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
+def show_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return in_process("show-prompt", monkeypatch, capsys, columns=200)
 
 
 def shown(out: str, sign: str) -> str:
@@ -72,7 +59,7 @@ def shown(out: str, sign: str) -> str:
     return "".join(line[:-1] + "\n" if line.endswith("\u23ce") else line for line in lines)
 
 
-def test_the_prompt_is_shown_as_the_task_renders_it(recipe: Path, sums: Path, show_prompt: ShowPrompt) -> None:
+def test_the_prompt_is_shown_as_the_task_renders_it(recipe: Path, sums: Path, show_prompt: Command) -> None:
     code, out, err = show_prompt(recipe, "--index", 1)
     problem = load_task(sums, id="id").test[1]
     text = load_task(sums, id="id").prompt.text(problem)
@@ -86,19 +73,19 @@ def test_the_prompt_is_shown_as_the_task_renders_it(recipe: Path, sums: Path, sh
     assert f'stop    "\\nQuestion:", the end token </s> ({END})' in out
 
 
-def test_a_problem_is_named_by_its_id_in_any_split(recipe: Path, show_prompt: ShowPrompt) -> None:
+def test_a_problem_is_named_by_its_id_in_any_split(recipe: Path, show_prompt: Command) -> None:
     code, out, _ = show_prompt(recipe, "--split", "train", "--id", "train2")
     assert code == 0 and "train problem" in out and "(id train2)" in out and "2 + 2?" in out
 
 
-def test_a_task_and_a_model_need_no_recipe(sums: Path, base: Path, show_prompt: ShowPrompt) -> None:
+def test_a_task_and_a_model_need_no_recipe(sums: Path, base: Path, show_prompt: Command) -> None:
     code, out, _ = show_prompt(sums, "--model", base, "--set", "prompt.instruction=Add.", "--set", 'generate.stop=["X"]')
     assert code == 0 and f"tokens of {base}" in out
     assert shown(out, "|").startswith("Add.\n\nQuestion: ")
     assert f'stop    "X", the end token </s> ({END})' in out
 
 
-def test_a_chat_shows_its_turns_and_special_tokens(recipe: Path, show_prompt: ShowPrompt) -> None:
+def test_a_chat_shows_its_turns_and_special_tokens(recipe: Path, show_prompt: Command) -> None:
     code, out, _ = show_prompt(recipe, "--set", "prompt.style=chat")
     assert code == 0 and "style chat" in out
     assert (shown(out, "|") + shown(out, ">")).startswith(f"<s>[user] {INSTRUCTION}\n\nSum ")
@@ -106,7 +93,7 @@ def test_a_chat_shows_its_turns_and_special_tokens(recipe: Path, show_prompt: Sh
     assert f"stop    the end token </s> ({END})" in out
 
 
-def test_json_holds_the_ids_that_sampling_gets(recipe: Path, show_prompt: ShowPrompt) -> None:
+def test_json_holds_the_ids_that_sampling_gets(recipe: Path, show_prompt: Command) -> None:
     code, out, _ = show_prompt(recipe, "--index", 2, "--json")
     view = open_prompt(str(recipe), index=2, say=pytest.fail)
     found = json.loads(out)
@@ -127,7 +114,7 @@ def test_json_holds_the_ids_that_sampling_gets(recipe: Path, show_prompt: ShowPr
         (["--set", "task.nonsense=1"], "no such key"),
     ],
 )
-def test_mistakes_are_explained(recipe: Path, show_prompt: ShowPrompt, arguments: list[str], says: str) -> None:
+def test_mistakes_are_explained(recipe: Path, show_prompt: Command, arguments: list[str], says: str) -> None:
     code, out, err = show_prompt(recipe, *arguments)
     assert (code, out) == (1, "") and says in err
 
@@ -135,7 +122,7 @@ def test_mistakes_are_explained(recipe: Path, show_prompt: ShowPrompt, arguments
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]x[/red]\ra\u202eb\u2028\n| Question: forged\ntokens  1: 1 shared"
 
 
-def test_a_question_cannot_steer_the_terminal_or_forge_a_line(recipe: Path, sums: Path, show_prompt: ShowPrompt) -> None:
+def test_a_question_cannot_steer_the_terminal_or_forge_a_line(recipe: Path, sums: Path, show_prompt: Command) -> None:
     (sums / "test.jsonl").write_text(json.dumps({"question": HOSTILE, "answer": "1", "id": "\x1b[1m\nx"}) + "\n")
     code, out, _ = show_prompt(recipe)
     assert code == 0 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e]", out)
@@ -150,7 +137,7 @@ def test_a_split_of_one_shares_all_but_its_last_token(recipe: Path, sums: Path) 
     assert (view.problems, len(view.token_ids) - view.shared) == (1, 1)
 
 
-def test_the_cut_may_fall_into_a_character(recipe: Path, sums: Path, show_prompt: ShowPrompt) -> None:
+def test_the_cut_may_fall_into_a_character(recipe: Path, sums: Path, show_prompt: Command) -> None:
     rows: list[dict[str, Any]] = [{"question": f"{c}?", "answer": "1", "id": c} for c in "\u00e9\u00e8"]
     (sums / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, _ = show_prompt(recipe)
@@ -158,7 +145,7 @@ def test_the_cut_may_fall_into_a_character(recipe: Path, sums: Path, show_prompt
 
 
 @pytest.mark.skipif("RESTEM_DATA" not in os.environ, reason="RESTEM_DATA names no data folder")
-def test_subtasks_with_prompts_of_their_own_are_shown_with_theirs(base: Path, show_prompt: ShowPrompt) -> None:
+def test_subtasks_with_prompts_of_their_own_are_shown_with_theirs(base: Path, show_prompt: Command) -> None:
     options = 'task.options={ subtask = ["navigate", "word_sorting"] }'
     data = os.environ["RESTEM_DATA"]
     arguments = ("bbh", "--data", data, "--model", base, "--set", options, "--set", "task.test=8", "--json")

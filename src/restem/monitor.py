@@ -58,9 +58,9 @@ class Monitor:
     def validated(self, iteration: int, interval: Interval, candidate: Candidate, folder: Path) -> None:
         """`folder`: where the D_val samples lie."""
         file = folder / "drift.json"
-        drift = read_json(file)["kl_per_token"] if file.is_file() else None
+        drift = read_json(file)["drift_per_token"] if file.is_file() else None
         steps = self.steps(range(1, iteration)) + interval.metrics.get("step", 0)
-        self.tracker.log(steps, grouped("val", {"reward": candidate.reward, "kl_per_token": drift}))
+        self.tracker.log(steps, grouped("val", {"reward": candidate.reward, "drift_per_token": drift}))
 
     def tested(self, iteration: int, task: str, scores: dict[str, Any]) -> None:
         values = {f"{task}/{name}": metric["value"] for name, metric in scores["metrics"].items()}
@@ -77,11 +77,11 @@ class Monitor:
 def write_drift(
     backend: Backend, model: str, problems: Sequence[Problem], of_base: Sequence[Sample], base: Path, folder: Path
 ) -> float | None:
-    """Write drift.json: log p_base - log p per token of what the base itself wrote on D_val, an estimate of KL(base || model).
+    """Write drift.json: log p_base - log p per token of what the base itself wrote on D_val, in nats.
 
-    `of_base`: the base's D_val samples, of which the first of each problem counts; `base`: their folder, whose drift.json
-    holds the base's own likelihoods (when `folder` is that one, they are written). None if this kind of model has no
-    likelihoods.
+    An estimate of KL(base || model) where D_val is drawn at temperature 1 and untruncated; elsewhere it can be negative.
+    `of_base`: the base's D_val samples, of which the first of each problem counts; `base`: their folder, whose drift.json holds
+    the base's own likelihoods (when `folder` is that one, they are written). None if this kind of model has no likelihoods.
     """
     first = [sample for sample in of_base if sample.index == 0 and sample.token_ids]
     by_id = {problem.id: problem for problem in problems}
@@ -91,6 +91,6 @@ def write_drift(
     logprob, tokens = [value for value, _ in found], [count for _, count in found]
     file = base / "drift.json"
     reference: list[float] = read_json(file)["logprob"] if file.is_file() else logprob
-    kl = (sum(reference) - sum(logprob)) / sum(tokens)
-    write_json(folder / "drift.json", {"kl_per_token": kl, "n": len(first), "logprob": logprob, "tokens": tokens})
-    return kl
+    drift = (sum(reference) - sum(logprob)) / sum(tokens)
+    write_json(folder / "drift.json", {"drift_per_token": drift, "n": len(first), "logprob": logprob, "tokens": tokens})
+    return drift

@@ -350,7 +350,7 @@ class Run:
         drift = write_drift(self.backend, model, self.task.val, read_stage(base), base, folder)
         write_json(file, as_dict(self.path, candidate))
         text = f"D_val reward {reward.value:.3f} [{reward.low:.3f}, {reward.high:.3f}], n = {reward.n}"
-        self.talk.say(f"{'':<28} {text}" + (f", KL from the base {drift:.4f} per token" if drift and interval else ""))
+        self.talk.say(f"{'':<28} {text}" + (f", drift from the base {drift:+.4f} nats per token" if drift and interval else ""))
         return candidate
 
     def _train_accuracy(self, policy: Candidate, iteration: int) -> None:

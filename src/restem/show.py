@@ -178,8 +178,8 @@ def machine() -> dict[str, Any]:
     from restem.rundir import hardware, versions
 
     device = pick_device("auto")
-    extras = {"hub": "datasets", "lora": "peft", "ray": "ray", "vllm": "vllm", "openai": "openai", "lm-eval": "lm_eval"}
-    extras |= {"reasoning-gym": "reasoning_gym"}
+    extras = {"hub": "datasets", "lora": "peft", "ray": "ray", "vllm": "vllm", "openai": "openai"}
+    extras |= {"lm-eval": "lm_eval", "reasoning-gym": "reasoning_gym"}
     return {
         "device": device,
         "sampler dtype": str(compute_dtype("auto", device)).removeprefix("torch."),

@@ -60,6 +60,8 @@ class Processes:
 
     def sum(self, values: Tensor) -> Tensor:
         if self.count > 1:
+            if torch.distributed.get_backend() == "nccl":  # which sends what lies on a GPU only
+                values = values.cuda()
             torch.distributed.all_reduce(values)
         return values
 

@@ -91,7 +91,7 @@ class Session:
                 self.optimiser.step()
         return {
             "loss": loss,
-            "target_logprob": -nll / targets,
+            "target_logprob": -nll / max(1.0, targets),  # a step of rewards that are all 0 has none
             "gradient_norm": norm,
             "learning_rate": learning_rate,
             "examples": len(examples),
@@ -123,7 +123,7 @@ class Session:
         return Interval(number=number, model=str(path / "model"), metrics=metrics)
 
     def for_sampling(self, dtype: torch.dtype) -> Any | None:
-        """The model as it would be loaded from what `save` wrote, without reading it back; None if its weights are elsewhere.
+        """The model as it would be loaded from what `write_interval` wrote; None if its weights are spread, or in an adapter.
 
         Its tensors are the trained ones themselves where the number formats agree.
         """

@@ -163,7 +163,7 @@ def _summary(history: checkpoints.History, step: int, steps: int) -> dict[str, A
         "step": step,
         "steps": steps,
         "loss": sum(h["loss"] * h["examples"] for h in history) / sum(h["examples"] for h in history),
-        "target_logprob": sum(h["target_logprob"] * h["target_tokens"] for h in history) / tokens,
+        "target_logprob": sum(h["target_logprob"] * h["target_tokens"] for h in history) / max(1, tokens),
         "gradient_norm": max(h["gradient_norm"] for h in history),
         "learning_rate": history[-1]["learning_rate"],
         "target_tokens": tokens,

@@ -36,6 +36,11 @@ class Processes:
         """The first process: there will be no more jobs. Lets the others end."""
         if self.count > 1 and torch.distributed.is_initialized():
             self.tell(None)
+            self.leave()
+
+    def leave(self) -> None:
+        """Part from the others, as every process must: one that ends still connected may be aborted while it ends."""
+        if self.count > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     def device(self, device: str) -> str:
@@ -121,3 +126,4 @@ def serve(processes: Processes) -> None:
         trainer = TreeTrainer(**job.pop("trainer"), processes=processes)
         for _ in trainer.follow(**job):
             pass
+    processes.leave()

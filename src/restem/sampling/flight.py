@@ -230,7 +230,8 @@ class Flight:
             texts.append(self.texts[name])
             owed.append(wanted)
         for (kv, logits), text, wanted in zip(self.sampler.compute(texts, self.prefix), texts, owed, strict=True):
-            self.computed.append(Question(kv, logits, self.prefix.length + len(text), wanted))
+            own = kv if self.prefix.apart or self.prefix.kv is None else self.prefix.kv.followed_by(kv)
+            self.computed.append(Question(own, logits, self.prefix.length + len(text), wanted))
 
     def _step(self) -> None:
         """One token for every row in flight. The products see a multiple of 16 rows; the fillers are nobody's."""
@@ -258,7 +259,7 @@ class Flight:
             heads=self.sampler.heads,
         )
         tokens = torch.tensor([row.tokens[-1] for row in self.rows] + filler, device=device)
-        position = torch.tensor(place, device=device) + torch.tensor(question, device=device) + self.prefix.length
+        position = torch.tensor(place, device=device) + torch.tensor(question, device=device) + self.prefix.apart
         hidden = self.sampler.forward(tokens[:, None], position[:, None], attends)
         logits = logits_of(self.sampler.model, hidden[:, 0])[: len(self.rows)]
         self._choose(logits, self.rows)

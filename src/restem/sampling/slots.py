@@ -25,6 +25,9 @@ class KV(NamedTuple):
     def part(self, start: int, end: int) -> KV:
         return KV(self.keys[:, :, start:end], self.values[:, :, start:end])
 
+    def followed_by(self, other: KV) -> KV:
+        return KV(torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2))
+
     @property
     def length(self) -> int:
         return self.keys.shape[2]

@@ -27,7 +27,7 @@ from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, by_problem, check_lengths
 from restem.sampling.flight import ROW_ALIGN, Flight, Pace
 from restem.sampling.packed import PackedLinears
-from restem.sampling.slots import KV, whole_blocks
+from restem.sampling.slots import BLOCK, KV, whole_blocks
 from restem.tree import Tree, shared_length
 from restem.types import Problem, Sample
 
@@ -39,7 +39,13 @@ class Prefix:
     length: int
     kv: KV | None
     transposed: tuple[Tensor, Tensor] | None
-    """Keys [L, K, D, P] and values, as decoding reads them."""
+    """Keys [L, K, D, P] and values, as decoding reads them; None if nothing stands apart."""
+
+    @property
+    def apart(self) -> int:
+        """Tokens that are attended to in place by all rows. A prefix of less than a block costs less as the beginning of every
+        question, to which its keys and values are copied."""
+        return self.length if self.length >= BLOCK else 0
 
 
 class TreeSampler:
@@ -123,7 +129,8 @@ class TreeSampler:
                 tokens, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
                 self.forward(tokens, positions, capture)
                 kv = capture.kv()
-                prefix = Prefix(len(ids), kv, (kv.keys.transpose(-1, -2).contiguous(), kv.values))
+                apart = (kv.keys.transpose(-1, -2).contiguous(), kv.values) if len(ids) >= BLOCK else None
+                prefix = Prefix(len(ids), kv, apart)
             else:
                 prefix = Prefix(0, None, None)
             self._prefix = (ids, prefix)
@@ -140,7 +147,7 @@ class TreeSampler:
     ) -> Pace:
         """Rows in flight that a third of the free memory holds at their longest; says what that comes to."""
         per_token = self._bytes_per_token()
-        question = whole_blocks(max(len(prompts[name]) for name in queue) - prefix.length)
+        question = whole_blocks(max(len(prompts[name]) for name in queue) - prefix.apart)
         sharing = min(32, max(len(indices) for indices in queue.values()))
         own = whole_blocks(min(decoding.max_tokens, self.context))
         per_row = per_token * (own + question / sharing)

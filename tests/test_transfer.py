@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from restem.config import load_recipe
 from restem.errors import RestemError
 from restem.files import read_json
 from restem.rundir import read_problems
@@ -68,3 +69,8 @@ def test_compare_says_how_small_a_difference_can_be_seen(tmp_path: Path) -> None
     where = run(tmp_path / "run", "task.test=60")
     done = cli("compare", where / "iter-00" / "eval" / "arithmetic", where)
     assert "is missed more often than one time in five" in done.stdout
+
+
+@pytest.mark.parametrize(("recipe", "neighbour"), [("math", "gsm8k"), ("apps", "humaneval")])
+def test_the_paper_s_recipes_test_a_neighbour_and_an_unrelated_task_row_44(recipe: str, neighbour: str) -> None:
+    assert load_recipe(recipe).evaluate.tasks == (neighbour, "bbh")

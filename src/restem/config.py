@@ -57,6 +57,9 @@ class TaskConfig(Section):
 
 
 class PromptConfig(Section):
+    source: Literal["task", "lm-eval"] = "task"
+    """Where the worked exemplars come from: the task's own, or the well-known originals of an installed lm-eval, with its
+    wording and its ends of a completion, to the letter (gsm8k, bbh, math, math500)."""
     style: Literal["auto", "few-shot", "chat", "plain"] = "auto"
     """How a problem becomes a prompt; "auto" = the task's own style: few-shot (paper), plain for HumanEval."""
     shots: int | None = Field(None, ge=0)
@@ -68,6 +71,9 @@ class PromptConfig(Section):
 
 
 class GenerateConfig(Section):
+    source: Literal["model", "human"] = "model"
+    """Whose solutions Improve trains on: the model's own, or the data's human ones, one a problem: the paper's baseline, to
+    compare with (U11, U12). With "human" there is one iteration."""
     samples: int | None = Field(None, ge=1)
     """N, samples per problem; None = the task's own (paper: 32 for mathematics, 64 for code)."""
     temperature: float = Field(0.7, ge=0)

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from restem import evaluation
-from restem.backends import open_backend, prompt_of
+from restem.backends import open_backend
 from restem.candidate import Candidate, as_dict, from_dict, relative
 from restem.config import Recipe
 from restem.errors import RestemError
@@ -24,13 +24,14 @@ from restem.files import finish_directory, read_json, remove_directory, write_js
 from restem.monitor import Monitor, write_drift
 from restem.progress import Talk
 from restem.rundir import RunDirectory
-from restem.sampling import Decoding
+from restem.sampling import Decoding, Sampler
+from restem.sampling.human import HumanSolutions
 from restem.sandbox import choose
 from restem.selection import select, write_selection
 from restem.statistics import Interval
 from restem.summary import summarise
 from restem.tasks import Task
-from restem.tasks.of_recipe import more_tests, task_of
+from restem.tasks.of_recipe import more_tests, prompt_of, task_of
 from restem.trackers import check_trackers, open_tracker
 from restem.training import Interval as TrainingInterval
 from restem.types import Example, Problem, Sample
@@ -65,6 +66,7 @@ class Run:
             undo.callback(self.directory.close)
             self.backend = open_backend(recipe, self.prompt, self.path, self.talk.say)
             self.base = self.backend.base
+            self.human = self._human_solutions() if recipe.generate.source == "human" else None
             facts = {
                 "base": relative(self.path, self.base),
                 "base_fingerprint": self.backend.fingerprint(self.base),
@@ -134,6 +136,17 @@ class Run:
 
     def generate(self, policy: Candidate, iteration: int) -> list[Sample]:
         """The E-step: N samples of the policy for every training problem, graded."""
+        if self.human is not None:
+            return self._draw(
+                f"iteration {iteration}: human solutions",
+                self.at(iteration),
+                self.task.train,
+                1,
+                self.decoding,
+                "human solutions",
+                policy,
+                sampler=self.human,
+            )
         return self._draw(
             f"iteration {iteration}: generate",
             self.at(iteration),
@@ -209,7 +222,7 @@ class Run:
     def evaluate(self, policy: Candidate, iteration: int) -> None:
         """Scores on the test problems, and for the last policy its train accuracy."""
         last = iteration == self.recipe.iterations
-        if last:
+        if last or self.human is not None:
             self._train_accuracy(policy, iteration)
         if self.recipe.evaluate.every or last or iteration == 0:
             for task in self.tests:
@@ -283,6 +296,7 @@ class Run:
         stream: str,
         policy: Candidate,
         task: Task | None = None,
+        sampler: Sampler | None = None,
     ) -> list[Sample]:
         task = task or self.task
         stage = Stage(
@@ -301,7 +315,15 @@ class Run:
             assert found == policy.fingerprint, "the sampled weights are the policy's"
             prompt = None if task is self.task else task.prompt
             pool = self._pools[task.verifier_spec]
-            return draw(stage, lambda: self.backend.open_sampler(policy.model, prompt), pool, watch)
+            return draw(stage, lambda: sampler or self.backend.open_sampler(policy.model, prompt), pool, watch)
+
+    def _human_solutions(self) -> Sampler:
+        if self.recipe.iterations > 1:
+            raise RestemError(
+                f'generate.source = "human" with iterations = {self.recipe.iterations}: human solutions are the same in every '
+                "iteration, and each starts from the base. Set iterations = 1."
+            )
+        return HumanSolutions(replace(self.task, prompt=self.prompt), self.backend.renderer)
 
     def _open_pool(self, verifier: str) -> VerifierPool:
         engine = self.recipe.engine
@@ -318,6 +340,7 @@ class Run:
             "prompt": {
                 "style": self.prompt.style,
                 "instruction": self.prompt.instruction,
+                "frame": self.prompt.frame,
                 "exemplars": [[e.question, e.solution] for e in self.prompt.shown],
             },
         }

@@ -105,11 +105,13 @@ def _paired(run: Path, number: int, tasks: list[str]) -> dict[str, Any] | None:
 
 
 def _train_accuracy(run: Path, number: int) -> dict[str, Any] | None:
-    """Sampled accuracy of iteration i's model on the training problems: from the E-step that follows it, or its own stage."""
+    """Sampled accuracy of iteration i's model on the training problems: its own stage, or the E-step that follows it."""
     following = run / f"iter-{number + 1:02d}"
+    if own := _read(run / f"iter-{number:02d}" / "train" / "accuracy.json"):
+        return own  # type: ignore[no-any-return]
     if (following / "selection.json").is_file():
         return evaluation.as_dict(evaluation.mean_reward(read_stage(following)))
-    return _read(run / f"iter-{number:02d}" / "train" / "accuracy.json")  # type: ignore[no-any-return]
+    return None
 
 
 def _interval(candidate: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -75,6 +75,10 @@ class ToyRenderer:
     def encode(self, problem: Problem) -> tuple[int, ...]:
         return self.policy.row(problem), _number(problem.id, "name")
 
+    def encode_completion(self, text: str) -> tuple[int, ...]:
+        """The toy has no words: whatever a human wrote is its best habit."""
+        return (0,)
+
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 

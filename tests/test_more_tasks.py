@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from restem.backends import prompt_of
 from restem.config import load_recipe
 from restem.errors import MissingExtra, RestemError
 from restem.preflight import check
@@ -24,6 +23,7 @@ from restem.sheet import Entry, entries, read_sheet, score, score_text, write_sh
 from restem.tasks import content_hash, load_task, names
 from restem.tasks.bbh import SUBTASKS
 from restem.tasks.bbh_exemplars import WORKED
+from restem.tasks.of_recipe import prompt_of, task_of
 from restem.types import Problem, Sample
 from restem.verifiers import load
 from restem.verifiers.bbh import strict, verify
@@ -615,3 +615,19 @@ def test_data_sets_of_the_real_library_grade_their_own_answers(name: str) -> Non
 
 def test_the_new_names_are_listed() -> None:
     assert {"bbh", "hungarian", "reasoning-gym:NAME"} <= set(names())
+
+
+def test_a_problem_that_the_prompt_shows_worked_out_is_in_no_split(tmp_path: Path) -> None:
+    """The recipe's own exemplars may come from the data; what is shown with its solution is neither trained nor tested on."""
+    rows = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(40)]
+    data, mine = tmp_path / "sums.jsonl", tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine.write_text("".join(json.dumps({"question": r["question"], "solution": "The answer is 1."}) + "\n" for r in rows[:5]))
+    plain, shown = ({"task": {"name": str(data)}, "prompt": prompt} for prompt in ({}, {"exemplars": str(mine)}))
+    whole, apart = task_of(load_recipe(plain)), task_of(load_recipe(shown))
+
+    def questions(task: Any) -> set[str]:
+        return {problem.question for problem in (*task.train, *task.val, *task.test)}
+
+    assert questions(whole) - questions(apart) == {row["question"] for row in rows[:5]}
+    assert any("left out, shown in the prompt" in note for note in apart.notes)

@@ -1,5 +1,6 @@
 """The report: its numbers are those of the files, it loads and runs nothing, and it is honest where there is little."""
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -226,6 +227,48 @@ def test_a_run_without_iterations_shows_the_base(copy: Path):
     write_json(copy / "result.json", result)
     page = Page(render(copy))
     assert len(page.tables["scores"]) == 2 and "nothing was trained" in render(copy)
+
+
+def charts(page: Page) -> set[str | None]:
+    return {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg" and "aria-label" in attributes}
+
+
+def headed(page: Page, name: str) -> list[list[list[str]]]:
+    """The tables whose first column has this name."""
+    return [table for table in page.tables.values() if table[0][0] == name]
+
+
+def test_many_kinds_are_a_table_without_a_chart_and_what_only_tells_problems_apart_is_left_out(copy: Path):
+    import pyarrow.parquet as pq
+
+    problems = copy / "problems" / "test-arithmetic.parquet"
+    metas = [{"subtask": f"kind {i:02d}", "row": i, "level": i % 3 or None, "tags": ["a", i]} for i in range(20)]
+    rows = [{**row, "meta": json.dumps(meta)} for row, meta in zip(read_rows(problems), metas, strict=True)]
+    write_rows(problems, rows, pq.read_schema(problems))
+    page = Page(render(copy))
+
+    [subtasks] = headed(page, "subtask")
+    assert [row[0] for row in subtasks[1:]] == [f"kind {i:02d}" for i in range(20)]
+    assert all(cell.endswith(", n = 1") for row in subtasks[1:] for cell in row[1:])
+    [levels] = headed(page, "level")
+    assert [[row[0], row[1].split(", ")[-1]] for row in levels[1:]] == [["1", "n = 7"], ["2", "n = 6"]]
+    assert not headed(page, "row") and not headed(page, "tags")
+    assert {name for name in charts(page) if name and name.startswith("Solved by")} == {
+        "Solved by the base's success rate",
+        "Solved by level",
+    }
+
+
+def test_every_test_task_has_a_breakdown_of_its_own(tmp_path: Path):
+    folder = tmp_path / "doubles"
+    folder.mkdir()
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n), "level": 1 + n % 2} for n in range(9)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(render(toy_runs.run(tmp_path / "run", f'evaluate.tasks=["{folder}"]', "iterations=1")))
+    assert {"Solved by steps (arithmetic)", "Solved by level (doubles)"} <= charts(page)
+    assert {f"Solved by the base's success rate ({task})" for task in ("arithmetic", "doubles")} <= charts(page)
+    [levels] = headed(page, "level")
+    assert [[row[0], row[1].split(", ")[-1]] for row in levels[1:]] == [["1", "n = 5"], ["2", "n = 4"]]
 
 
 def test_cleaning_keeps_ordinary_text_of_every_script():

@@ -4,17 +4,15 @@ for the toy; the loop sees neither."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from restem import sampling, toy, training
-from restem.config import PromptConfig, Recipe
+from restem.config import Recipe
 from restem.errors import RestemError
-from restem.prompts import Prompt, Renderer, load_exemplars
+from restem.prompts import Prompt, Renderer
 from restem.sampling import Sampler
 from restem.selection import Renders, example_of
-from restem.tasks import Task
 from restem.training import Trainer
 from restem.types import Problem, Sample
 
@@ -56,28 +54,6 @@ def open_backend(recipe: Recipe, prompt: Prompt, home: Path, say: Callable[[str]
     if recipe.model.base.partition(":")[0] == "toy" or (Path(recipe.model.base) / "toy.json").is_file():
         return ToyBackend(recipe, home)
     return HFBackend(recipe, prompt, say)
-
-
-def prompt_of(recipe: Recipe, task: Task) -> Prompt:
-    """The task's prompt with the recipe's changes."""
-    return _changed(task.prompt, recipe.prompt)
-
-
-def _changed(prompt: Prompt, settings: PromptConfig) -> Prompt:
-    if settings.exemplars is not None:  # one file for all sub-tasks
-        prompt = replace(prompt, exemplars=load_exemplars(settings.exemplars), variants={})
-    if settings.shots is not None and not prompt.variants:
-        if settings.shots > len(prompt.exemplars):
-            raise RestemError(
-                f"prompt.shots = {settings.shots}, but there are only {len(prompt.exemplars)} exemplars. "
-                "Lower it, or give more in a file with prompt.exemplars."
-            )
-        prompt = replace(prompt, exemplars=prompt.exemplars[: settings.shots])
-    if settings.style != "auto":
-        prompt = replace(prompt, style=settings.style)
-    if settings.instruction is not None:
-        prompt = replace(prompt, instruction=settings.instruction)
-    return replace(prompt, variants={name: _changed(variant, settings) for name, variant in prompt.variants.items()})
 
 
 class HFBackend:

@@ -89,28 +89,26 @@ def evaluate(
     task: Annotated[str, typer.Option(help="A task by name, or a file of your own problems.")],
     limit: Annotated[int | None, typer.Option(help="Only the first LIMIT test problems.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder with one folder per set; default: the hub.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Keep the samples here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep samples and scores here; default: the user's cache.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Sample again, even what was evaluated before.")] = False,
     set_: SetOption = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Score a model on a task's test problems: greedy pass@1, sampled pass@K, with intervals."""
-    import tempfile
+    """Score a model on a task's test problems: greedy pass@1, sampled pass@K, with intervals.
 
+    The same weights, problems and settings are not sampled twice: scores and samples are kept in the user's cache.
+    """
     from restem.config import load_recipe
-    from restem.files import read_json
-    from restem.run import Run
+    from restem.scoring import evaluate_model
     from restem.show import scores_table
 
     given = {"name": task, "data": data, "test": limit}
     settings = {"iterations": 0, "model": {"base": model}, "task": {k: v for k, v in given.items() if v is not None}}
     loaded = load_recipe(settings, set_ or [])
-    with tempfile.TemporaryDirectory(prefix="restem-") as temporary:
-        where = out or Path(temporary) / "run"
-        with Run(loaded, where, resume=True, command=f"restem evaluate {model} --task {task}") as opened:
-            opened.test(opened.unmeasured(opened.base), 0)
-            name = opened.task.name
-        scores = read_json(where / "iter-00" / "eval" / name / "scores.json")
-    typer.echo(json.dumps(scores) if json_ else scores_table(scores))
+    command = f"restem evaluate {model} --task {task}"
+    scores = evaluate_model(loaded, out=out, fresh=fresh, command=command, say=lambda text: typer.echo(text, err=True))
+    typer.echo(json.dumps(scores) if json_ else scores_table(scores, markdown=markdown))
 
 
 @app.command()
@@ -269,6 +267,21 @@ def compare(
 
     found = compare_runs(first, second)
     typer.echo(json.dumps(found) if json_ else comparison_text(first, second, found))
+
+
+@app.command()
+def seeds(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Finished runs of one recipe, each with a seed of its own.")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Put runs that differ in their seed into one table: means over seeds, their intervals, and the gain over the base."""
+    from restem.seeds import across_seeds, seeds_text
+
+    found = across_seeds(runs)
+    typer.echo(json.dumps(found) if json_ else seeds_text(found, markdown=markdown))
 
 
 @app.command()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from restem.config import EvaluateConfig
 from restem.sampling import Decoding
@@ -57,31 +58,16 @@ def mean_reward(samples: Iterable[Sample]) -> Interval:
 
 def pass_at(samples: Iterable[Sample], k: int) -> Interval:
     """Mean over problems of the unbiased pass@k; problems with fewer than k graded samples are left out of n."""
-    return interval(
-        [
-            pass_at_k(len(rewards), sum(reward > 0 for reward in rewards), k)
-            for rewards in rewards_by_problem(samples).values()
-            if len(rewards) >= k
-        ]
-    )
+    return _pass_at(rewards_by_problem(samples), k)
 
 
 def majority_at(samples: Iterable[Sample], k: int, canonical: Callable[[str], str] = str.strip) -> Interval:
     """Mean over problems of the chance that the most frequent of k answers is correct (`statistics.majority_at_k`).
 
-    `canonical` makes answers that mean the same equal as text. Samples that could not be graded do not count.
+    `canonical` makes answers that mean the same equal as text; it is called once for every distinct text. Samples that could
+    not be graded do not count.
     """
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if sample.reward is not None:
-            groups.setdefault(sample.problem_id, []).append(sample)
-    return interval(
-        [
-            majority_at_k([None if s.answer is None else canonical(s.answer) for s in group], [s.reward for s in group], k)
-            for group in groups.values()
-            if len(group) >= k
-        ]
-    )
+    return _majority_at(_votes(samples, canonical), k)
 
 
 def canonical_of(verifier: str) -> Callable[[str], str]:
@@ -128,13 +114,15 @@ def score(
 ) -> dict[str, Any]:
     """The content of scores.json. pass@1 never stands without pass@K. Greedy pass@1 also by level, subject and the like, where
     `problems` say what theirs is."""
-    metrics = {"pass@1": as_dict(pass_at(greedy_samples, 1)), "pass@1 sampled": as_dict(pass_at(sampled_samples, 1))}
+    greedy_rewards, sampled_rewards = rewards_by_problem(greedy_samples), rewards_by_problem(sampled_samples)
+    metrics = {"pass@1": as_dict(_pass_at(greedy_rewards, 1)), "pass@1 sampled": as_dict(_pass_at(sampled_rewards, 1))}
     for k in sorted(set(ks) - {1}):
-        metrics[f"pass@{k}"] = as_dict(pass_at(sampled_samples, k))
+        metrics[f"pass@{k}"] = as_dict(_pass_at(sampled_rewards, k))
+    votes = _votes(sampled_samples, canonical) if majority else []
     for k in sorted(set(majority)):
-        metrics[f"majority@{k}"] = as_dict(majority_at(sampled_samples, k, canonical))
+        metrics[f"majority@{k}"] = as_dict(_majority_at(votes, k))
     counts = Counter(sample.reason for sample in greedy_samples)
-    groups = {key: by_group(problems, greedy_samples, key) for key in GROUPS}
+    groups = {key: _by_group(problems, greedy_rewards, key) for key in GROUPS}
     return {
         "model": model,
         "task": task,
@@ -159,16 +147,45 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]
 
 def by_group(problems: Sequence[Problem], samples: Iterable[Sample], key: str) -> dict[str, Interval]:
     """Mean reward by a field of the problems' meta: level, subject, steps."""
-    rewards = rewards_by_problem(samples)
+    return _by_group(problems, rewards_by_problem(samples), key)
+
+
+def as_dict(value: Interval) -> dict[str, Any]:
+    return {"value": value.value, "low": value.low, "high": value.high, "n": value.n}
+
+
+def _pass_at(rewards: Mapping[str, Sequence[float]], k: int) -> Interval:
+    return interval([pass_at_k(len(own), sum(r > 0 for r in own), k) for own in rewards.values() if len(own) >= k])
+
+
+class _Votes(NamedTuple):
+    """The graded samples of one problem, with canonical answers."""
+
+    answers: list[str | None]
+    rewards: list[float]
+
+
+def _votes(samples: Iterable[Sample], canonical: Callable[[str], str]) -> list[_Votes]:
+    read = cache(canonical)  # a problem's samples repeat few answers, and reading one is parsing it
+    votes: dict[str, _Votes] = {}
+    for sample in samples:
+        if sample.reward is not None:
+            own = votes.setdefault(sample.problem_id, _Votes([], []))
+            own.answers.append(None if sample.answer is None else read(sample.answer))
+            own.rewards.append(sample.reward)
+    return list(votes.values())
+
+
+def _majority_at(votes: Iterable[_Votes], k: int) -> Interval:
+    return interval([majority_at_k(own.answers, own.rewards, k) for own in votes if len(own.answers) >= k])
+
+
+def _by_group(problems: Sequence[Problem], rewards: Mapping[str, Sequence[float]], key: str) -> dict[str, Interval]:
     groups: dict[str, list[float]] = {}
     for problem in problems:
         if key in problem.meta and problem.id in rewards:
             groups.setdefault(str(problem.meta[key]), []).append(_mean(rewards[problem.id]))
     return {name: interval(values) for name, values in sorted(groups.items())}
-
-
-def as_dict(value: Interval) -> dict[str, Any]:
-    return {"value": value.value, "low": value.low, "high": value.high, "n": value.n}
 
 
 def _paired(test: PairedTest) -> dict[str, Any]:

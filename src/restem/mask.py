@@ -178,11 +178,10 @@ def _kept(run: Path, problems: int, completions: int) -> Kept | None:
 
 def _stand_ins(recipe: Recipe, tokenizer: Tokenizer, problems: int, completions: int) -> list[Example]:
     """What a model might have written, had it known the references, for the first training problems that have some."""
-    from restem.backends import prompt_of
     from restem.tasks.of_recipe import task_of
 
     task = task_of(recipe)
-    renderer = Renderer(prompt_of(recipe, task), tokenizer)
+    renderer = Renderer(task.prompt, tokenizer)
     written = ((problem, _reference_texts(task, problem)[:completions]) for problem in task.train)
     some = [(problem, texts) for problem, texts in written if texts][:problems]
     if not some:

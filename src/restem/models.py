@@ -6,6 +6,7 @@ promises "Improve starts from the base" and "the sampler is the last winner" are
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -161,11 +162,18 @@ def fingerprint(path: str) -> str:
 
 
 def _fingerprint(path: str) -> str:
-    from safetensors import safe_open
-
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise RestemError(f"the model directory {path} holds no .safetensors file; restem loads no other format")
+    return _fingerprint_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@functools.cache
+def _fingerprint_of(files_and_stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """Files with their sizes and times: while these stay, they are read once per process."""
+    from safetensors import safe_open
+
+    files = [file for file, _, _ in files_and_stamps]
     where = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:

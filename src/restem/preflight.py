@@ -1,7 +1,8 @@
 """What to know of a task before anything is spent on it: does its verifier accept its references, are its splits apart?
 
-A pure function of the task: no model is loaded and nothing is sampled. What it cannot see: a reference that is wrong,
-and problems that say the same thing in other words (overlap is by content hash).
+A pure function of the task: no model is loaded and nothing is sampled. Equal problems in two splits are a fault; 13 words in a
+row that two problems share are a reason to look at them. What it cannot see: a reference that is wrong, and problems that say
+the same thing in other words.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from restem.contamination import shared_ngrams
 from restem.tasks.splits import content_hash
 from restem.tasks.task import Task
 from restem.types import Problem
@@ -59,6 +61,10 @@ class CheckReport:
     splits: Mapping[str, SplitReport]
     overlap: Mapping[str, tuple[str, ...]]
     """ "train and test": ids (of the first-named split) that both hold. Every pair of splits and exemplars is there."""
+    shared_13grams: Mapping[str, tuple[str, ...]]
+    """For the same pairs, ids (of the first-named split) of problems that share 13 words in a row with the second, wording that
+    more than 10 problems of a split have left out. Training problems and exemplars count with their solutions, val and test
+    problems with their questions alone: what may be learnt against what is asked. No fault in itself, so not in `is_clean`."""
     findings: tuple[Finding, ...]
     """The first 20 references that were rejected or could not be graded."""
     notes: tuple[str, ...]
@@ -88,10 +94,10 @@ class CheckReport:
 
 
 def check(task: Task) -> CheckReport:
-    """Grade every reference against itself, and compare the content of the splits and the exemplars."""
+    """Grade every reference against itself, and compare the splits and the exemplars: equal content, shared runs of words."""
     splits: dict[str, tuple[Problem, ...]] = {"train": task.train, "val": task.val, "test": task.test}
     exemplars = tuple(
-        Problem(id=f"exemplar {number}", question=exemplar.question)
+        Problem(id=f"exemplar {number}", question=exemplar.question, meta={"solution": exemplar.solution})
         for number, exemplar in enumerate(task.prompt.shown, start=1)
     )
     reports, findings, seconds = {}, [], []
@@ -111,11 +117,13 @@ def check(task: Task) -> CheckReport:
             unchecked=counts["unchecked"],
             repeated=_repeated(problems),
         )
+    groups = {**splits, "exemplars": exemplars}
     return CheckReport(
         task=task.name,
         verifier=task.verifier_spec,
         splits=reports,
-        overlap=_overlap({**splits, "exemplars": exemplars}),
+        overlap=_overlap(groups),
+        shared_13grams=shared_ngrams(groups, question_only=("val", "test")),
         findings=tuple(findings[:SHOWN]),
         notes=task.notes,
         seconds_per_grading=statistics.median(seconds) if seconds else 0.0,

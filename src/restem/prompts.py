@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from restem.errors import RestemError
 from restem.types import Problem
@@ -28,6 +28,15 @@ class Exemplar:
     """The worked solution; ends in the answer sentence that completions should end in."""
 
 
+class Frame(NamedTuple):
+    """What stands around a question, to the letter."""
+
+    before: str
+    after: str
+    gap: str
+    """Between that and an exemplar's solution."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """How a question is put to a model."""
@@ -41,6 +50,9 @@ class Prompt:
     """Worked problems, in order; in a chat they are earlier turns."""
     question_label: str = "Question:"
     answer_label: str = "Answer:"
+    frame: Frame | None = None
+    """In place of the two labels, for a few-shot prompt that is published to the letter: then questions and solutions keep
+    their blanks, and `ends` alone end a completion. None = the labels."""
     ends: tuple[str, ...] = ()
     """More strings that end a completion of plain text or few-shot."""
     variants: Mapping[str, Prompt] = field(default_factory=dict, hash=False)
@@ -61,11 +73,11 @@ class Prompt:
         """Strings that end a completion; the completion is cut before them.
 
         A blank line ends it only if the exemplars teach that: there are some, and none holds one. A chat ends by its
-        end token.
+        end token, a framed prompt as it was published.
         """
         if self.style == "chat":
             return ()
-        if self.style == "plain":
+        if self.style == "plain" or self.frame is not None:
             return self.ends
         taught = self.shown and not any("\n\n" in exemplar.solution for exemplar in self.shown)
         return (("\n\n",) if taught else ()) + (f"\n{self.question_label}", *self.ends)
@@ -87,10 +99,15 @@ class Prompt:
     def _few_shot(self, problem: Problem) -> str:
         blocks = [self.instruction.strip()] if self.instruction.strip() else []
         for exemplar in self.exemplars:
-            blocks.append(f"{self.question_label} {exemplar.question.strip()}\n{self.answer_label} {exemplar.solution.strip()}")
+            solution = f" {exemplar.solution.strip()}" if self.frame is None else self.frame.gap + exemplar.solution
+            blocks.append(self._asked(exemplar.question) + solution)
+        return "\n\n".join([*blocks, self._asked(problem.question)])
+
+    def _asked(self, question: str) -> str:
+        if self.frame is not None:
+            return self.frame.before + question + self.frame.after
         # No blank after the label: with most tokenizers the blank belongs to the completion's first token.
-        blocks.append(f"{self.question_label} {problem.question.strip()}\n{self.answer_label}")
-        return "\n\n".join(blocks)
+        return f"{self.question_label} {question.strip()}\n{self.answer_label}"
 
     def _chat(self, problem: Problem, tokenizer: Tokenizer) -> str:
         if not getattr(tokenizer, "chat_template", None):
@@ -129,6 +146,10 @@ class Renderer:
         if key not in self._ids:
             self._ids[key] = self.prompt.encode(problem, self.tokenizer)
         return self._ids[key]
+
+    def encode_completion(self, text: str) -> tuple[int, ...]:
+        """Tokenize a completion that was not sampled, without special tokens."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: tuple[int, ...] | list[int]) -> str:
         """Turn sampled ids into text, without special tokens and without tidying blanks."""

@@ -62,12 +62,13 @@ def result_table(result: dict[str, Any], out: Path) -> str:
     return "\n".join(text)
 
 
-def scores_table(scores: dict[str, Any]) -> str:
-    """One model's scores on one task."""
+def scores_table(scores: dict[str, Any], *, markdown: bool = False) -> str:
+    """One model's scores on one task, in plain columns or as Markdown."""
     rows = [[name, percent(metric), str(metric["n"])] for name, metric in scores["metrics"].items()]
     counts = ", ".join(f"{name} {count}" for name, count in scores["counts"].items())
     title = f"{scores['model']} on {scores['task']} ({scores['split']})"
-    return f"{title}\n{table(['metric', 'value', 'n'], rows)}\ngreedy samples: {counts}"
+    layout, gap = (markdown_table, "\n\n") if markdown else (table, "\n")
+    return gap.join([title, layout(["metric", "value", "n"], rows), f"greedy samples: {counts}"])
 
 
 def check_text(report: dict[str, Any]) -> str:
@@ -88,6 +89,13 @@ def check_text(report: dict[str, Any]) -> str:
     lines += [f"{name} repeats {len(s['repeated'])} problems" for name, s in report["splits"].items() if s["repeated"]]
     if not overlaps:
         lines.append("overlap of train, val, test and exemplars by content hash: none")
+    shared = {pair: ids for pair, ids in report["shared_13grams"].items() if ids}
+    lines += [
+        f"13 words in a row in {pair}: {len(ids)} problems of {pair.partition(' and ')[0]} ({', '.join(ids[:5])}); worth a look"
+        for pair, ids in shared.items()
+    ]
+    if not shared:
+        lines.append("13 words in a row in two of train, val, test and exemplars: none")
     lines += [f"{f['split']} {f['problem_id']}: {f['reference']!r} {f['reason']} {f['note']}" for f in report["findings"]]
     return "\n".join([*lines, "ok" if report["ok"] else "not ok: mend what is listed, or give another task.verifier"])
 
@@ -216,6 +224,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain columns, aligned; reads the same in a terminal, a log and a mail."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as GitHub and notebooks render it."""
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def percent(metric: dict[str, Any] | None) -> str:

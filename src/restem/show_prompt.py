@@ -82,7 +82,6 @@ def open_prompt(
     say: Callable[[str], None],
 ) -> PromptView:
     """Render a problem of a recipe as its model would see it; only the tokenizer is loaded. `id` wins over `index`."""
-    from restem.backends import prompt_of
     from restem.mask import open_tokenizer
     from restem.tasks.of_recipe import task_of
 
@@ -91,7 +90,7 @@ def open_prompt(
     problems = _split(task, split)
     at = _find(problems, index, id, f"{task.name}, {split}")
     tokenizer = open_tokenizer(recipe, say)
-    renderer = Renderer(prompt_of(recipe, task), tokenizer)
+    renderer = Renderer(task.prompt, tokenizer)
     prompts = [renderer.encode(problem) for problem in problems]
     return PromptView(
         task=task.name,

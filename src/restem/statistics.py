@@ -9,8 +9,10 @@ value per problem (its reward, or its mean over samples). What a newcomer would 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -83,10 +85,10 @@ def majority_at_k(answers: Sequence[str | None], rewards: Sequence[float | None]
     `answers[i]` and `rewards[i]` belong to sample i; make answers that mean the same equal as text beforehand. A
     group is correct if the reward of its first sample is 1; a reward of None (not graded) is not 1.
 
-    How: fix the top count v. Subsets in which t groups get v votes each and all others fewer are counted by a product
-    over groups in which drawing j of a group of size g contributes C(g, j) x^j: the coefficient of x^votes, kept apart
-    by t. Beside each count runs its sum of s, so that the answer is the sum over v, t, votes of
-    sum_of_s / t * C(unanswered, k - votes) / C(n, k). All arithmetic is on exact integers and fractions.
+    How: fix the top count v. Groups smaller than v cannot reach it; their samples, and those without an answer, fill up
+    the subset in any way. Drawing j of a larger group of size g contributes C(g, j) x^j, j at most v, to a product over
+    the groups, kept apart by how many of them give v: s correct and u wrong ones. The coefficient of x^k is the number of
+    such subsets, each of which counts s / (s + u). All arithmetic is on exact integers and fractions.
 
     Raises ValueError for k below 1 or above n, and for sequences of different lengths.
     """
@@ -103,15 +105,20 @@ def majority_at_k(answers: Sequence[str | None], rewards: Sequence[float | None]
             is_correct.setdefault(answer, reward == 1)
     if not any(is_correct.values()):
         return 0.0
-    unanswered = n - sum(sizes.values())
-    groups = [(size, is_correct[answer]) for answer, size in sizes.items()]
+    right = [size for answer, size in sizes.items() if is_correct[answer]]
+    wrong = [size for answer, size in sizes.items() if not is_correct[answer]]
 
-    expectation = Fraction(0)
-    for top in range(1, min(k, max(sizes.values())) + 1):
-        for tied, right_by_votes in enumerate(_right_among_tied(groups, top, k)):
-            # No tie at all (tied = 0) means that no group reaches this top count.
-            right = sum(ways * math.comb(unanswered, k - votes) for votes, ways in enumerate(right_by_votes))
-            expectation += Fraction(right, tied) if right else 0
+    # By how many groups share the top: the correct ones among them, summed over the subsets.
+    right_by_tied: Counter[int] = Counter()
+    for top in range(1, min(k, max(right)) + 1):
+        rest = n - sum(size for size in sizes.values() if size >= top)
+        wrong_at_top = _at_top(wrong, top, n, k)
+        for s, right_ways in enumerate(_at_top(right, top, n, k)[1:], start=1):
+            ways = right_ways * _draws(rest, k, n)
+            for u, wrong_ways in enumerate(wrong_at_top):
+                subsets = ((ways * wrong_ways) >> (n * k)) & ((1 << n) - 1)
+                right_by_tied[s + u] += s * subsets
+    expectation = sum((Fraction(total, tied) for tied, total in right_by_tied.items()), Fraction(0))
     return float(expectation / math.comb(n, k))
 
 
@@ -210,46 +217,30 @@ def _check_k(n: int, k: int, name: str) -> None:
         raise ValueError(f"{name} needs at least k samples per problem; got n={n} samples for k={k}: draw more or lower k")
 
 
-def _right_among_tied(groups: list[tuple[int, bool]], top: int, k: int) -> list[list[int]]:
-    """Sum, over all draws of at most `top` from every group, the number of correct groups that give exactly `top`.
+def _at_top(sizes: list[int], top: int, n: int, k: int) -> list[int]:
+    """Count, for groups of at least `top` samples, the draws in which exactly t give `top` and the others fewer.
 
-    Indexed by [number of groups that give exactly `top`][votes in all, 0..k]; `groups` are (size, is correct).
+    [t] is a polynomial in the number of votes, powers above k dropped. A polynomial is held as one integer, its value at
+    x = 2**n (Kronecker substitution): a coefficient counts subsets of n samples and stays below 2**n, so each has n bits
+    of its own, and a product of polynomials is one product of integers.
     """
-    # ways[t] and right[t] are polynomials in the number of votes: how many draws there are with t groups at the top,
-    # and their total of correct groups at the top.
-    ways = [[1] + [0] * k]
-    right = [[0] * (k + 1)]
-    for size, is_correct in groups:
-        fewer = [math.comb(size, j) for j in range(min(top, size + 1))]
-        grown_ways = [_times(poly, fewer, k) for poly in ways]
-        grown_right = [_times(poly, fewer, k) for poly in right]
+    kept = (1 << (n * (k + 1))) - 1
+    ways = [1]
+    for size in sizes:
         if size >= top:
-            at_top = [0] * top + [math.comb(size, top)]
-            if len(ways) * top <= k:
-                grown_ways.append([0] * (k + 1))
-                grown_right.append([0] * (k + 1))
-            for t in range(1, len(grown_ways)):
-                grown_ways[t] = _plus(grown_ways[t], _times(ways[t - 1], at_top, k))
-                grown_right[t] = _plus(grown_right[t], _times(right[t - 1], at_top, k))
-                if is_correct:
-                    grown_right[t] = _plus(grown_right[t], _times(ways[t - 1], at_top, k))
-        ways, right = grown_ways, grown_right
-    return right
+            fewer, at_top = _draws(size, top - 1, n), math.comb(size, top) << (n * top)
+            stay = [(poly * fewer) & kept for poly in ways]
+            join = [(poly * at_top) & kept for poly in ways]
+            ways = [a + b for a, b in zip([*stay, 0], [0, *join], strict=True)]
+            if not ways[-1]:  # so many groups at the top are more than k votes
+                ways.pop()
+    return ways
 
 
-def _plus(a: list[int], b: list[int]) -> list[int]:
-    return [x + y for x, y in zip(a, b, strict=True)]
-
-
-def _times(poly: list[int], factor: list[int], k: int) -> list[int]:
-    """Multiply two polynomials, dropping every power above k."""
-    product = [0] * (k + 1)
-    for i, a in enumerate(poly):
-        if a:
-            for j, b in enumerate(factor[: k + 1 - i]):
-                if b:
-                    product[i + j] += a * b
-    return product
+@lru_cache(maxsize=4096)
+def _draws(size: int, most: int, n: int) -> int:
+    """The polynomial of drawing at most `most` of `size` samples, the sum of C(size, j) x^j, at x = 2**n."""
+    return sum(math.comb(size, j) << (n * j) for j in range(min(size, most) + 1))
 
 
 def _finite(values: Sequence[float], name: str) -> NDArray[np.float64]:

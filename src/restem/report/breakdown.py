@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from restem import evaluation
+from restem.config import EvaluateConfig
+from restem.difficulty import THRESHOLDS, buckets
+from restem.estep import read_stage
 from restem.report.charts import Figure, Series, dot_chart, histogram, line_chart
 from restem.report.curves import BARS
 from restem.report.facts import Facts, largest_k, share
 from restem.report.text import cut, interval, points
+from restem.rundir import read_problems
 from restem.types import Problem, Sample
 
-GROUPS = 12
-"""A field of the problems' meta with more values than this is no measure of difficulty."""
+FEW = 12
+"""The most groups in a chart. A field of the problems' meta with more values becomes a table alone if it is one of
+`evaluation.GROUPS`; any other tells problems apart rather than groups them, and is left out."""
 SHOWN = 6
 """Test problems whose completions are shown."""
 KINDS = ("correct", "no readable answer or cut off", "readable but wrong", "could not be graded")
@@ -123,59 +130,113 @@ def _table(files: Sequence[Path]) -> Any:
     return pa.concat_tables([pq.ParquetFile(file).read() for file in files])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """Samples of one test task of the models that are compared: the base, and the accepted iteration if it is another."""
+
+    models: Sequence[str]
+    greedy: Sequence[Sequence[Sample]]
+    sampled: Sequence[Sequence[Sample]]
+    k: int
+    """The K of the pass@K that stands beside pass@1."""
+
+
 def by_difficulty(facts: Facts) -> list[Figure]:
-    """Test problems by each field of their meta that has few values: the base against the accepted iteration."""
-    shown = list(dict.fromkeys([0, facts.accepted or 0]))
-    greedy = {number: facts.test_samples(number, "greedy") for number in shown}
-    if not all(greedy.values()):
-        return []
-    sampled = {number: facts.test_samples(number, "sampled") for number in shown}
-    name = largest_k(facts.metrics(0, facts.task) or {})
-    names = {number: "base" if not number else f"iteration {number}" for number in shown}
+    """Each task's test problems by the base's success rate and by fields of their meta: base against accepted iteration."""
     figures = []
-    for key in _keys(facts.test_problems.values()):
-        groups = _groups(facts.test_problems.values(), key)
-        ones = {i: [_score(greedy[i], group, 1) for group in groups.values()] for i in shown}
-        many = {i: [_score(sampled[i], group, int(name[5:])) for group in groups.values()] for i in shown}
-        chart = dot_chart(
-            f"Solved by {key}",
-            f"Greedy pass@1 on the test problems; bars are 95% intervals over n problems; {name} is in the table below.",
-            y="problems solved",
-            groups=[f"{key}: {group} (n {ones[0][at]['n']})" for at, group in enumerate(groups)],
-            series=[Series(name=names[i], points=ones[i]) for i in shown],
-        )
-        header = [key, *(f"pass@1, {names[i]}" for i in shown), *(f"{name}, {names[i]}" for i in shown)]
-        rows = [
-            [group, *(interval(column[at]) for column in (*ones.values(), *many.values()))] for at, group in enumerate(groups)
-        ]
-        figures.append(Figure(title=chart.title, note=chart.note, svg=chart.svg, legend=chart.legend, header=header, rows=rows))
+    for task in facts.tasks:
+        answers = _answers(facts, task)
+        if answers is None:
+            continue
+        of_task = f" ({task})" if len(facts.tasks) > 1 else ""
+        by_success = buckets(answers.sampled[0])
+        if any(by_success.values()):
+            note = _about_success(answers, facts.recipe.evaluate)
+            figures.append(_compared(f"Solved by the base's success rate{of_task}", "for the base", by_success, answers, note))
+        file = facts.path / "problems" / f"test-{task}.parquet"
+        problems = read_problems(file) if file.is_file() else []
+        figures += [_compared(f"Solved by {key}{of_task}", key, _groups(problems, key), answers) for key in _keys(problems)]
     return figures
 
 
+def _answers(facts: Facts, task: str) -> _Answers | None:
+    """None if the base or the accepted iteration was not tested on this task."""
+    accepted = facts.accepted or 0
+    base, after = facts.metrics(0, task), facts.metrics(accepted, task)
+    if base is None or after is None:
+        return None
+    shown = [0, accepted] if accepted else [0]
+    folders = [facts.at(number) / "eval" / task for number in shown]
+    return _Answers(
+        models=["base" if not number else f"iteration {number}" for number in shown],
+        greedy=[read_stage(folder / "greedy") for folder in folders],
+        sampled=[read_stage(folder / "sampled") for folder in folders],
+        k=int(largest_k(base).removeprefix("pass@")),
+    )
+
+
+def _about_success(answers: _Answers, settings: EvaluateConfig) -> str:
+    """What the buckets are, and why pass@K must not be compared across them."""
+    drawn, name = Counter(sample.problem_id for sample in answers.sampled[0]), f"pass@{answers.k}"
+    hard, medium, easy = (f"{threshold:.0%}" for threshold in THRESHOLDS)
+    return (
+        f"Groups by how often the base was right in {max(drawn.values())} samples at T {settings.temperature:g}, drawn for "
+        f"{len(drawn)} of the {len(answers.greedy[0])} test problems: easy from {easy}, medium from {medium}, hard from "
+        f"{hard}, very hard below. The base's {name} comes from the same samples, so it is too high in easy and too low in "
+        f"very hard, and a difference in {name} may be no more than that. Greedy answers had no part in the grouping: "
+        "compare those."
+    )
+
+
+def _compared(title: str, key: str, groups: Mapping[str, set[str]], answers: _Answers, note: str = "") -> Figure:
+    """Greedy pass@1 as a chart where there are few groups, and all numbers as its table."""
+    name = f"pass@{answers.k}"
+    ones = [_scores(samples, groups, 1) for samples in answers.greedy]
+    many = [_scores(samples, groups, answers.k) for samples in answers.sampled]
+    header = [key, *(f"pass@1, {model}" for model in answers.models), *(f"{name}, {model}" for model in answers.models)]
+    rows = [[group, *(interval(scores[at]) for scores in (*ones, *many))] for at, group in enumerate(groups)]
+    if len(groups) > FEW:
+        about = f"Greedy pass@1 and sampled {name} on the test problems, with 95% intervals over n problems."
+        return Figure(title=title, note=f"{about} {note}".strip(), header=header, rows=rows)
+    about = f"Greedy pass@1 on the test problems; bars are 95% intervals over n problems; {name} is in the table below."
+    chart = dot_chart(
+        title,
+        f"{about} {note}".strip(),
+        y="problems solved",
+        groups=[f"{key}: {group} (n {ones[0][at]['n']})" for at, group in enumerate(groups)],
+        series=[Series(name=model, points=scores) for model, scores in zip(answers.models, ones, strict=True)],
+    )
+    return replace(chart, header=header, rows=rows)
+
+
+def _scores(samples: Sequence[Sample], groups: Mapping[str, set[str]], k: int) -> list[dict[str, Any]]:
+    """pass@k of each group."""
+    own = [[sample for sample in samples if sample.problem_id in group] for group in groups.values()]
+    return [evaluation.as_dict(evaluation.pass_at(found, k)) for found in own]
+
+
 def _keys(problems: Iterable[Problem]) -> list[str]:
+    """Fields of the meta to group by: those of `evaluation.GROUPS` whatever the number of values, and others with few."""
     values: dict[str, set[str]] = {}
     crowded = set()
     for problem in problems:
         for key, value in problem.meta.items():
             if isinstance(value, str | int | float):
                 values.setdefault(key, set()).add(str(value))
-            else:
+            elif value is not None:
                 crowded.add(key)
-    return [key for key, found in values.items() if 2 <= len(found) <= GROUPS and key not in crowded]
+    grouped = [key for key, found in values.items() if len(found) > 1 and key not in crowded]
+    return [key for key in grouped if key in evaluation.GROUPS or len(values[key]) <= FEW]
 
 
 def _groups(problems: Iterable[Problem], key: str) -> dict[str, set[str]]:
-    """Problem ids by the value of a field, in the order of the values: numbers by size."""
+    """Problem ids by the value of a field, in the order of the values: numbers by size. Without a value: in no group."""
     groups: dict[Any, set[str]] = {}
     for problem in problems:
-        if key in problem.meta:
+        if problem.meta.get(key) is not None:
             groups.setdefault(problem.meta[key], set()).add(problem.id)
     order = sorted(groups, key=lambda value: (isinstance(value, str), value if not isinstance(value, str) else 0, str(value)))
     return {cut(str(value), 80): groups[value] for value in order}
-
-
-def _score(samples: Iterable[Sample], group: set[str], k: int) -> dict[str, Any]:
-    return evaluation.as_dict(evaluation.pass_at((sample for sample in samples if sample.problem_id in group), k))
 
 
 def gallery(facts: Facts) -> dict[str, Any] | None:

@@ -23,12 +23,13 @@ COLOURS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawn chart with all that the page puts around it."""
+    """A drawn chart with all that the page puts around it, or its table alone."""
 
     title: str
     note: str
     """Units, n, and what the bars mean."""
-    svg: Markup
+    svg: Markup = field(default_factory=Markup)
+    """Empty = too much for a chart: the table alone."""
     legend: Sequence[tuple[int, str, Markup]] = ()
     """Colour, name, and a small drawing of the series' mark."""
     header: Sequence[str]

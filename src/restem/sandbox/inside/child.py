@@ -88,6 +88,9 @@ class Child:
         for descriptor in self.kept:
             self.poll.register(descriptor, select.POLLIN)
         self.open = set(self.kept)
+        self.ended = _open_process(self.pid)
+        if self.ended is not None:
+            self.poll.register(self.ended, select.POLLIN)
         self.status, self.usage, self.is_over = None, None, False
 
     def follow(self, deadline, until=None):
@@ -98,15 +101,13 @@ class Child:
             left = deadline - time.monotonic()
             if left <= 0:
                 return "timeout"
-            if self.open:
-                events = self.poll.poll(1000 * min(left, _TICK))
-                if not events and self._has_ended():
-                    break
-                for descriptor, _ in events:
-                    if self._take(descriptor) == "too much":
-                        return "output"
-            elif not self._has_ended():
-                time.sleep(min(left, 0.001))
+            tick = left if self.ended is not None else min(left, _TICK if self.open else 0.001)
+            events = self.poll.poll(1000 * tick)
+            if not events or (self.ended, select.POLLIN) in events:
+                self._has_ended()
+            for descriptor, _ in events:
+                if descriptor != self.ended and self._take(descriptor) == "too much":
+                    return "output"
         for descriptor in list(self.open):  # what an orphan may hold open is not waited for
             while self._take(descriptor) == "more":
                 pass
@@ -144,8 +145,9 @@ class Child:
         if self.status is None:
             os.kill(self.pid, _signal.SIGKILL)
             self._has_ended(0)
-        for descriptor in (self.out, self.err, self.results, self.requests):
-            os.close(descriptor)
+        for descriptor in (self.out, self.err, self.results, self.requests, self.ended):
+            if descriptor is not None:
+                os.close(descriptor)
 
     def report(self, stopped):
         """How it went; the child is over after this."""
@@ -162,6 +164,14 @@ class Child:
         status = stopped or ("ok" if code == 0 else _NAMES.get(code, "crash"))
         note = "" if status == "ok" else _last_line(self.kept[self.err]) or (f"killed by signal {-code}" if code < 0 else "")
         return {"status": status, "seconds": seconds, "cpu": cpu, "code": code, "note": note}
+
+
+def _open_process(pid):
+    """A descriptor that can be read once the process has ended; None on kernels before 5.3, which are asked instead."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return None
 
 
 def _last_line(err):

@@ -4,13 +4,32 @@ Every function is final for the process and all that it starts. Linux on x86-64 
 Layouts are those of the kernel's linux/landlock.h, linux/seccomp.h and linux/filter.h.
 """
 
-import ctypes
+import _ctypes  # `ctypes` costs every program milliseconds
 import errno
 import os
 import resource
 import struct
 
-_libc = ctypes.CDLL(None, use_errno=True)
+
+class _Function(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+
+
+class _Long(_ctypes._SimpleCData):
+    _type_ = "l"
+
+
+class _Int(_ctypes._SimpleCData):
+    _type_ = "i"
+
+
+class _Byte(_ctypes._SimpleCData):
+    _type_ = "c"
+
+
+_library = _ctypes.dlopen(None, 0)
+_syscall, _call_prctl = (_Function(_ctypes.dlsym(_library, name)) for name in ("syscall", "prctl"))
+_syscall.restype, _call_prctl.restype = _Long, _Int
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 
@@ -61,7 +80,7 @@ def drop_capabilities():
     """What is left of root is a user that owns root's files."""
     column, _ = _ARCHITECTURES[os.uname().machine]
     head, data = struct.pack("=Ii", 0x20080522, 0), bytes(24)
-    _check(_libc.syscall((126, 91)[column], head, data))
+    _check(_syscall(_Long((126, 91)[column]), head, data))
 
 
 def limit(memory_mb, cpu_s, file_kb, open_files, threads, stack_mb):
@@ -86,9 +105,9 @@ def limit(memory_mb, cpu_s, file_kb, open_files, threads, stack_mb):
 
 def landlock(readable, writable=()):
     """Of all files, only what lies under these paths can be opened; no TCP; signals and abstract sockets stay inside."""
-    version = _libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    version = _syscall(_Long(_LANDLOCK_CREATE), None, _Long(0), 1)
     if version < 1:
-        raise OSError(ctypes.get_errno() or errno.ENOSYS, "this kernel has no Landlock")
+        raise OSError(_ctypes.get_errno() or errno.ENOSYS, "this kernel has no Landlock")
     files = (1 << 13) - 1  # execute .. make_sym, of version 1
     files |= (1 << 13) if version >= 2 else 0  # refer
     files |= (1 << 14) if version >= 3 else 0  # truncate
@@ -96,7 +115,7 @@ def landlock(readable, writable=()):
     network = 3 if version >= 4 else 0  # bind, connect
     scope = 3 if version >= 6 else 0  # abstract unix sockets, signals
     rules = struct.pack("=QQQ", files, network, scope)[: 24 if version >= 6 else 16 if version >= 4 else 8]
-    ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, rules, ctypes.c_size_t(len(rules)), ctypes.c_uint32(0)))
+    ruleset = _check(_syscall(_Long(_LANDLOCK_CREATE), rules, _Long(len(rules)), 0))
     read = (1 << 0) | (1 << 2) | (1 << 3)  # execute, read a file, list a folder
     for path, allowed in [*((p, read) for p in readable), *((p, files) for p in writable)]:
         try:
@@ -106,10 +125,10 @@ def landlock(readable, writable=()):
         if not os.path.isdir(path):
             allowed &= (1 << 0) | (1 << 1) | (1 << 2) | (1 << 14) | (1 << 15)  # what applies to a file
         rule = struct.pack("=Qi", allowed & files, handle)
-        _check(_libc.syscall(_LANDLOCK_ADD, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0)))
+        _check(_syscall(_Long(_LANDLOCK_ADD), ruleset, 1, rule, 0))
         os.close(handle)
     no_new_privileges()
-    _check(_libc.syscall(_LANDLOCK_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint32(0)))
+    _check(_syscall(_Long(_LANDLOCK_RESTRICT), ruleset, 0))
     os.close(ruleset)
 
 
@@ -134,10 +153,10 @@ def seccomp():
     program += _only_if(_PRLIMIT[column], 0, 0, also=os.getpid())
     program += [_ALLOW]
     code = b"".join(program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    head = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
+    buffer = (_Byte * len(code)).from_buffer(bytearray(code))
+    head = struct.pack("HxxxxxxQ", len(program), _ctypes.addressof(buffer))
     no_new_privileges()
-    _check(_libc.prctl(_PR_SET_SECCOMP, 2, ctypes.c_char_p(head), 0, 0))
+    _check(_call_prctl(_PR_SET_SECCOMP, _Long(2), head, _Long(0), _Long(0)))
 
 
 _EQ, _GE, _SET = 0x15, 0x35, 0x45  # BPF_JMP | BPF_K with JEQ, JGE, JSET
@@ -173,11 +192,11 @@ def _only_if(number, argument, value, bits=False, also=None):
 
 
 def _prctl(option, value):
-    _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
+    _check(_call_prctl(option, _Long(value), _Long(0), _Long(0), _Long(0)))
 
 
 def _check(result):
     if result < 0:
-        number = ctypes.get_errno()
+        number = _ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return result

@@ -6,7 +6,6 @@ same algorithm and finds most of it done. A method's result is a function of the
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,23 +18,24 @@ from restem.backends import open_backend
 from restem.candidate import Candidate, as_dict, from_dict, relative
 from restem.config import Recipe
 from restem.errors import RestemError
-from restem.estep import Stage, draw, read_stage
-from restem.files import finish_directory, read_json, remove_directory, write_json
+from restem.estep import read_stage
+from restem.files import read_json, remove_directory, write_json
 from restem.monitor import Monitor, write_drift
 from restem.progress import Talk
 from restem.rundir import RunDirectory
-from restem.sampling import Decoding, Sampler
+from restem.sampling import Sampler
 from restem.sampling.human import HumanSolutions
 from restem.sandbox import choose
+from restem.scoring import score_on_test
 from restem.selection import select, write_selection
+from restem.stages import Stages
 from restem.statistics import Interval
 from restem.summary import summarise
 from restem.tasks import Task
 from restem.tasks.of_recipe import more_tests, prompt_of, task_of
 from restem.trackers import check_trackers, open_tracker
 from restem.training import Interval as TrainingInterval
-from restem.types import Example, Problem, Sample
-from restem.verifiers.pool import VerifierPool
+from restem.types import Example, Sample
 
 
 class Run:
@@ -75,13 +75,11 @@ class Run:
             if not self.directory.is_new:
                 self.directory.go_on(recipe, self.tests, facts, self.command)
                 self.talk.say(f"resuming {self.path}")
-            self._pools: dict[str, VerifierPool] = {}
-            for spec in dict.fromkeys(task.verifier_spec for task in self.tests):
-                self._pools[spec] = self._open_pool(spec)
-                undo.callback(self._pools[spec].close, cancel=True)
+            self.stages = Stages(recipe, self.tests, self.backend, self.talk)
+            undo.callback(self.stages.close, cancel=True)
             check_trackers(recipe.engine.trackers)
             if self.directory.is_new:  # last: what cannot start makes no run
-                sandbox = choose() if "code" in self._pools else None
+                sandbox = choose() if "code" in self.stages.verifiers else None
                 self.directory.create(recipe, self.tests, {**facts, "sandbox": sandbox, "task": self._task_facts()})
             tracker = open_tracker(recipe.engine.trackers, self.path, recipe, say=self.talk.warn)
             self.monitor = Monitor(self.path, tracker)
@@ -94,29 +92,11 @@ class Run:
         with ExitStack() as last:
             last.callback(self.directory.close)
             last.callback(self.monitor.close, failed=kind is not None)
-            for pool in self._pools.values():
-                last.callback(pool.close, cancel=kind is not None)
+            last.callback(self.stages.close, cancel=kind is not None)
 
     @property
     def iterations(self) -> range:
         return range(1, self.recipe.iterations + 1)
-
-    @property
-    def decoding(self) -> Decoding:
-        """The decoding of the E-step."""
-        g = self.recipe.generate
-        return Decoding(
-            temperature=g.temperature,
-            top_k=g.top_k,
-            top_p=g.top_p,
-            min_p=g.min_p,
-            max_tokens=g.max_tokens or self.task.max_tokens,
-            stop=g.stop if g.stop is not None else self.backend.stop,
-        )
-
-    @property
-    def samples_per_problem(self) -> int:
-        return self.recipe.generate.samples or self.task.samples
 
     def at(self, iteration: int) -> Path:
         return self.path / f"iter-{iteration:02d}"
@@ -137,24 +117,18 @@ class Run:
     def generate(self, policy: Candidate, iteration: int) -> list[Sample]:
         """The E-step: N samples of the policy for every training problem, graded."""
         if self.human is not None:
-            return self._draw(
-                f"iteration {iteration}: human solutions",
-                self.at(iteration),
-                self.task.train,
-                1,
-                self.decoding,
-                "human solutions",
-                policy,
-                sampler=self.human,
-            )
-        return self._draw(
-            f"iteration {iteration}: generate",
+            name, samples, stream = "human solutions", 1, "human solutions"
+        else:
+            name, samples, stream = "generate", self.stages.samples_per_problem, f"iteration {iteration}"
+        return self.stages.draw(
+            f"iteration {iteration}: {name}",
             self.at(iteration),
-            self.task.train,
-            self.samples_per_problem,
-            self.decoding,
-            f"iteration {iteration}",
             policy,
+            self.task.train,
+            samples,
+            self.stages.decoding,
+            stream=stream,
+            sampler=self.human,
         )
 
     def select(self, samples: Sequence[Sample], iteration: int) -> tuple[Example, ...]:
@@ -231,45 +205,7 @@ class Run:
     def test(self, policy: Candidate, iteration: int, task: Task | None = None) -> None:
         """Test problems: greedy pass@1 and sampled pass@K. The same weights are never scored twice."""
         task = task or self.task
-        folder = self.at(iteration) / "eval" / task.name
-        if (folder / "scores.json").is_file():
-            self.monitor.tested(iteration, task.name, read_json(folder / "scores.json"))
-            return
-        settings = self.recipe.evaluate
-        known = self._evaluation_of(policy, task)
-        if known is not None:
-            self._copy_evaluation(known, folder)
-            return
-        own = self.decoding if task is self.task else Decoding(max_tokens=task.max_tokens, stop=task.prompt.stop)
-        decoding = {"greedy": evaluation.greedy(own), "sampled": evaluation.sampled(own, settings)}
-        problems = {"greedy": task.test, "sampled": task.test[: settings.problems]}
-        count = {"greedy": 1, "sampled": evaluation.samples_for(settings)}
-        drawn = {
-            how: self._draw(
-                f"iteration {iteration}: {'test' if task is self.task else task.name}, {how}",
-                folder / how,
-                problems[how],
-                count[how],
-                decoding[how],
-                f"test {task.name} {how}",
-                policy,
-                task,
-            )
-            for how in decoding
-        }
-        scores = evaluation.score(
-            model=relative(self.path, policy.model),
-            task=task.name,
-            split="test",
-            greedy_samples=drawn["greedy"],
-            sampled_samples=drawn["sampled"],
-            decoding=decoding,
-            ks=settings.k,
-            majority=settings.majority,
-            canonical=evaluation.canonical_of(task.verifier_spec),
-            problems=task.test,
-        )
-        write_json(folder / "scores.json", {**scores, "fingerprint": policy.fingerprint})
+        scores = score_on_test(self.stages, self.path, policy, iteration, task)
         self.monitor.tested(iteration, task.name, scores)
 
     def finish(self, accepted: Candidate) -> Candidate:
@@ -286,37 +222,6 @@ class Run:
 
     # --- behind them ----------------------------------------------------------------------------------------------------------
 
-    def _draw(
-        self,
-        name: str,
-        directory: Path,
-        problems: Sequence[Problem],
-        samples: int,
-        decoding: Decoding,
-        stream: str,
-        policy: Candidate,
-        task: Task | None = None,
-        sampler: Sampler | None = None,
-    ) -> list[Sample]:
-        task = task or self.task
-        stage = Stage(
-            directory=directory,
-            problems=problems,
-            samples=samples,
-            decoding=decoding,
-            stream=f"{self.recipe.seed}/{stream}",
-            model=policy.fingerprint,
-            shard_problems=max(1, self.recipe.engine.shard_samples // samples),
-        )
-        with self.talk.stage(name, len(problems) * samples) as watch:
-            present = [s for s in range(len(stage.shards())) if stage.samples_part(s).exists()]
-            watch.resumed(sum(len(stage.shards()[shard]) * samples for shard in present))
-            found = self.backend.fingerprint(policy.model) if not stage.is_complete() else policy.fingerprint
-            assert found == policy.fingerprint, "the sampled weights are the policy's"
-            prompt = None if task is self.task else task.prompt
-            pool = self._pools[task.verifier_spec]
-            return draw(stage, lambda: sampler or self.backend.open_sampler(policy.model, prompt), pool, watch)
-
     def _human_solutions(self) -> Sampler:
         if self.recipe.iterations > 1:
             raise RestemError(
@@ -325,18 +230,13 @@ class Run:
             )
         return HumanSolutions(replace(self.task, prompt=self.prompt), self.backend.renderer)
 
-    def _open_pool(self, verifier: str) -> VerifierPool:
-        engine = self.recipe.engine
-        seconds = engine.grade_seconds or (300.0 if verifier == "code" else 10.0)
-        return VerifierPool(verifier, workers=engine.grade_workers, seconds=seconds)
-
     def _task_facts(self) -> dict[str, Any]:
         """What the task decided where the recipe left it to the task."""
         return {
             "name": self.task.name,
             "verifier": self.task.verifier_spec,
-            "samples": self.samples_per_problem,
-            "decoding": self.decoding.describe(),
+            "samples": self.stages.samples_per_problem,
+            "decoding": self.stages.decoding.describe(),
             "prompt": {
                 "style": self.prompt.style,
                 "instruction": self.prompt.instruction,
@@ -350,16 +250,16 @@ class Run:
         if file.is_file():
             return from_dict(self.path, read_json(file))
         unknown = replace(self.unmeasured(model), iteration=iteration, interval=interval)
-        decoding = replace(self.decoding, temperature=self.recipe.improve.val_temperature)
+        decoding = replace(self.stages.decoding, temperature=self.recipe.improve.val_temperature)
         which = f"interval {interval}, D_val" if interval else "D_val"
-        samples = self._draw(
+        samples = self.stages.draw(
             f"iteration {iteration}: {which}",
             folder,
+            unknown,
             self.task.val,
             self.recipe.improve.val_samples,
             decoding,
-            "val",  # the same for all candidates: common random numbers
-            unknown,
+            stream="val",  # the same for all candidates: common random numbers
         )
         reward: Interval = evaluation.mean_reward(samples)
         finished = [sample for sample in samples if sample.finish == "stop"]  # one that was cut off needs no verifier
@@ -379,30 +279,20 @@ class Run:
     def _train_accuracy(self, policy: Candidate, iteration: int) -> None:
         """Earlier policies' train accuracy comes from the E-step that follows them; the last one has none."""
         folder = self.at(iteration) / "train"
-        samples = self._draw(
+        samples = self.stages.draw(
             f"iteration {iteration}: train accuracy",
             folder,
+            policy,
             self.task.train,
             self.recipe.evaluate.train_samples,
-            self.decoding,
-            "train accuracy",
-            policy,
+            self.stages.decoding,
+            stream="train accuracy",
         )
         write_json(folder / "accuracy.json", evaluation.as_dict(evaluation.mean_reward(samples)))
 
     def _kept(self, iteration: int) -> Candidate | None:
         file = self.at(iteration) / "iteration.json"
         return from_dict(self.path, read_json(file)) if file.is_file() else None
-
-    def _evaluation_of(self, policy: Candidate, task: Task) -> Path | None:
-        for file in sorted(self.path.glob(f"iter-*/eval/{task.name}/scores.json")):
-            if read_json(file)["fingerprint"] == policy.fingerprint:
-                return file.parent
-        return None
-
-    def _copy_evaluation(self, known: Path, folder: Path) -> None:
-        with finish_directory(folder) as temporary:
-            shutil.copytree(known, temporary, dirs_exist_ok=True)
 
 
 def _verdict(best: Candidate) -> str:

@@ -1,7 +1,8 @@
-"""`restem evaluate`: one model's scores on one task's test problems, kept by content so that asking again costs nothing.
+"""A model's scores on one task's test problems: drawn, computed, and kept so that asking again costs nothing.
 
-An evaluation is a run of 0 iterations in a folder of its own: in the user's cache, under a hash of all that its scores depend
-on (settings, weights, problems, a verifier's file, restem's version), or where the user says. One that was stopped goes on.
+Within a run the same weights are scored once. `restem evaluate` is a run of 0 iterations in a folder of its own: in the user's
+cache, under a hash of all that its scores depend on (settings, weights, problems, a verifier's file, restem's version), or
+where the user says. One that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -13,12 +14,69 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from restem import __version__, toy
+from restem import __version__, evaluation, toy
+from restem.candidate import Candidate, relative
 from restem.config import Recipe, flatten
-from restem.files import read_json
+from restem.files import finish_directory, read_json, write_json
 from restem.rundir import FREE_TO_CHANGE, problem_digests
+from restem.sampling import Decoding
+from restem.stages import Stages
 from restem.tasks import Task
 from restem.tasks.of_recipe import task_of
+
+
+def score_on_test(stages: Stages, run: Path, policy: Candidate, iteration: int, task: Task) -> dict[str, Any]:
+    """The content of scores.json after an iteration of a run; samples what is not known yet."""
+    folder = run / f"iter-{iteration:02d}" / "eval" / task.name
+    if not (folder / "scores.json").is_file():
+        known = _of_the_same_weights(run, policy, task)
+        if known is None:
+            write_json(folder / "scores.json", _scores(stages, run, policy, iteration, task, folder))
+        else:
+            with finish_directory(folder) as temporary:
+                shutil.copytree(known, temporary, dirs_exist_ok=True)
+    return dict(read_json(folder / "scores.json"))
+
+
+def _scores(stages: Stages, run: Path, policy: Candidate, iteration: int, task: Task, folder: Path) -> dict[str, Any]:
+    settings = stages.recipe.evaluate
+    own = stages.decoding if task is stages.task else Decoding(max_tokens=task.max_tokens, stop=task.prompt.stop)
+    decoding = {"greedy": evaluation.greedy(own), "sampled": evaluation.sampled(own, settings)}
+    problems = {"greedy": task.test, "sampled": task.test[: settings.problems]}
+    count = {"greedy": 1, "sampled": evaluation.samples_for(settings)}
+    drawn = {
+        how: stages.draw(
+            f"iteration {iteration}: {'test' if task is stages.task else task.name}, {how}",
+            folder / how,
+            policy,
+            problems[how],
+            count[how],
+            decoding[how],
+            stream=f"test {task.name} {how}",
+            task=task,
+        )
+        for how in decoding
+    }
+    scores = evaluation.score(
+        model=relative(run, policy.model),
+        task=task.name,
+        split="test",
+        greedy_samples=drawn["greedy"],
+        sampled_samples=drawn["sampled"],
+        decoding=decoding,
+        ks=settings.k,
+        majority=settings.majority,
+        canonical=evaluation.canonical_of(task.verifier_spec),
+        problems=task.test,
+    )
+    return {**scores, "fingerprint": policy.fingerprint}
+
+
+def _of_the_same_weights(run: Path, policy: Candidate, task: Task) -> Path | None:
+    for file in sorted(run.glob(f"iter-*/eval/{task.name}/scores.json")):
+        if read_json(file)["fingerprint"] == policy.fingerprint:
+            return file.parent
+    return None
 
 
 def evaluate_model(

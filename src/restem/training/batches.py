@@ -106,14 +106,20 @@ def pack_budget(examples: Sequence[Example], settings: ImproveConfig) -> int:
 
 
 def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list[Pack]:
-    """Pack the examples of one step into trees of about `budget` tokens. Loss and gradient do not depend on the budget."""
+    """Pack the examples of one step into trees of at most about `budget` tokens, as few as there can be and of like size: the
+    largest one decides how much memory a step takes. Loss and gradient do not depend on the budget."""
     weights = token_weights(examples, objective)
     shared = shared_length([example.prompt_ids for example in examples])
+    own = sum(len(prompt) - shared for prompt in {e.prompt_ids for e in examples}) + sum(
+        len(e.completion_ids) for e in examples
+    )
+    even = shared + own / math.ceil(own / max(1, budget - shared))
     packs: list[Pack] = []
     pack: Pack | None = None
     problem, prompt = -1, None
     for place, example in sorted(enumerate(examples), key=lambda pair: pair[1].prompt_ids):
-        if pack is None or len(pack.tree.tokens) + len(example.completion_ids) > budget:
+        size = len(pack.tree.tokens) if pack is not None else 0
+        if pack is None or size >= even or size + len(example.completion_ids) > budget:
             pack, prompt = Pack(Tree(), [], [], [], []), None
             root = pack.tree.add(example.prompt_ids[:shared])
             packs.append(pack)

@@ -14,22 +14,19 @@ each takes from a cold process to its first sample is reported apart.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.vllm_client import VLLM
 from restem.models import compute_dtype, load_model, load_tokenizer, locate, pick_device
 from restem.prompts import Prompt, Renderer
 from restem.sampling import Decoding, Owed, TreeSampler
@@ -73,6 +70,15 @@ class Work:
     def prompts(self) -> list[list[int]]:
         return [list(self.renderer.encode(problem)) for problem in self.stage]
 
+    def for_vllm(self) -> dict[str, Any]:
+        return {
+            "model": self.path,
+            "prompts": self.prompts,
+            "samples": self.shape.samples,
+            "tokens": self.shape.tokens,
+            "temperature": self.shape.temperature,
+        }
+
     @property
     def decoding(self) -> Decoding:
         return Decoding(temperature=self.shape.temperature, top_k=40, max_tokens=self.shape.tokens)
@@ -112,7 +118,7 @@ def compare(name: str, work: Work, peers: list[str], options: argparse.Namespace
     for peer in peers:
         if peer == "vllm":
             if options.vllm_python:
-                served = VLLM(work, options.vllm_python)
+                served = VLLM(work.for_vllm(), options.vllm_python)
                 runs[peer] = served.measure
                 notes.append(f"vLLM was ready {served.seconds:.0f} s after its process began")
             else:
@@ -210,60 +216,6 @@ PEERS: dict[str, Callable[[Work], float]] = {
 }
 
 
-class VLLM:
-    """vLLM in a process of its own, which answers "measure" with a speed."""
-
-    def __init__(self, work: Work, python: str) -> None:
-        shape = work.shape
-        settings = {
-            "model": work.path,
-            "prompts": work.prompts,
-            "samples": shape.samples,
-            "tokens": shape.tokens,
-            "temperature": shape.temperature,
-        }
-        script = str(Path(__file__).with_name("vllm_server.py"))
-        cores = f"0-{(os.cpu_count() or 1) - 1}"
-        environment = os.environ | {
-            "VLLM_CPU_OMP_THREADS_BIND": cores,
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "6",
-        }
-        began = time.perf_counter()
-        self.process = subprocess.Popen(
-            [python, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env=environment,
-            text=True,
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(settings) + "\n")
-        self.process.stdin.flush()
-        self._answer("ready")
-        self.seconds = time.perf_counter() - began
-
-    def measure(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("measure\n")
-        self.process.stdin.flush()
-        return float(self._answer("speed"))
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # its workers outlive it otherwise
-        self.process.wait()
-
-    def _answer(self, word: str) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(f"{word} "):
-                return line.split()[1]
-        raise RuntimeError(f"vLLM ended with exit code {self.process.wait()}")
-
-
 @torch.inference_mode()
 def roofline(work: Work, sampler: TreeSampler) -> float:
     """The matrix products of a decoding step alone, each with the weights or keys of its own layer."""
@@ -283,8 +235,9 @@ def roofline(work: Work, sampler: TreeSampler) -> float:
     slots = [(new(rows * groups, size, own, **kind), new(rows * groups, own, size, **kind)) for _ in range(4)]
 
     def step() -> None:
-        for layer in linears(model):
-            torch.nn.functional.linear(inputs[layer.in_features], layer.weight)
+        with sampler._packed:
+            for layer in linears(model):
+                layer(inputs[layer.in_features])
         for number in range(config.num_hidden_layers):
             if shared:
                 torch.bmm(query, keys)

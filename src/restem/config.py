@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from restem.errors import RestemError
 
@@ -71,9 +71,12 @@ class PromptConfig(Section):
 
 
 class GenerateConfig(Section):
-    source: Literal["model", "human"] = "model"
-    """Whose solutions Improve trains on: the model's own, or the data's human ones, one a problem: the paper's baseline, to
-    compare with (U11, U12). With "human" there is one iteration."""
+    source: Literal["model", "human", "run"] = "model"
+    """Whose solutions Improve trains on: the model's own; the data's human ones, one a problem (the paper's baseline, U11,
+    U12); or another run's samples (distillation). With "human" and "run" there is one iteration."""
+    run: str | None = None
+    """Folder of another run. With source = "run" its last iteration's samples are trained on; with "human" only the problems
+    that it solved in that iteration, so that one model solution can be compared with one human solution."""
     samples: int | None = Field(None, ge=1)
     """N, samples per problem; None = the task's own (paper: 32 for mathematics, 64 for code)."""
     temperature: float = Field(0.7, ge=0)
@@ -88,6 +91,14 @@ class GenerateConfig(Section):
     """Longest completion, in tokens; None = the task's own (U7)."""
     stop: tuple[str, ...] | None = None
     """Texts that end a completion (they are cut off); None = those of the prompt style (U7)."""
+
+    @model_validator(mode="after")
+    def _source_and_run(self) -> GenerateConfig:
+        if self.source == "run" and self.run is None:
+            raise ValueError('source = "run" needs generate.run, the folder of the run whose samples are trained on')
+        if self.source == "model" and self.run is not None:
+            raise ValueError('run is for source = "run" or source = "human"; this recipe samples its own model')
+        return self
 
 
 class SelectConfig(Section):
@@ -325,4 +336,5 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"  {key}: no such key." + (f' Did you mean "{near[0]}"?' if near else "")
         else:
             about = known.get(key, "").split("\n")[0]
-            yield f"  {key} = {item['input']!r}: {item['msg']}." + (f" ({about})" if about else "")
+            value = "" if isinstance(item["input"], Mapping) else f" = {item['input']!r}"
+            yield f"  {key}{value}: {item['msg']}." + (f" ({about})" if about else "")

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from restem.errors import RestemError
 from restem.estep import read_stage
@@ -78,19 +78,20 @@ def model_card(facts: Facts, *, is_transformers: bool = True) -> str:
     assert facts.result is not None, "only a finished run is exported"
     recipe, accepted = facts.recipe, facts.result["accepted"]
     base, license_ = base_identity(facts)
+    source = _SOURCES[recipe.generate.source]
     iteration = accepted["iteration"]
     task = facts.task or recipe.task.name
     what = (
-        f"`{base}` after iteration {iteration} of ReST^EM self-training (Singh et al., TMLR 2024, arXiv 2312.06585) on the "
-        f"task `{task}`: fine-tuned from the base on its own solutions that a verifier found correct."
+        f"`{base}` after iteration {iteration} of {source.method} (Singh et al., TMLR 2024, arXiv 2312.06585) on the task "
+        f"`{task}`: fine-tuned from the base on solutions that a verifier found correct."
         if iteration
-        else f"`{base}`, unchanged: no iteration of ReST^EM self-training on the task `{task}` beat it on D_val."
+        else f"`{base}`, unchanged: no iteration of {source.method} on the task `{task}` beat it on D_val."
     )
     front = [f"base_model: {_quoted(base)}"]
     front += ["library_name: transformers", "pipeline_tag: text-generation"] if is_transformers else []
     front += [f"license: {license_}"] if license_ else []
     sections = [
-        _front(front, ["rest-em", "self-training", "restem"]),
+        _front(front, ["rest-em", *source.tags, "restem"]),
         f"# {_line(base)} + ReST^EM on {_line(task)}\n\n{what}",
         "## Scores\n\n"
         + _scores(facts)
@@ -109,7 +110,7 @@ def data_card(facts: Facts, rows: Sequence[dict[str, Any]]) -> str:
     iteration = facts.result["accepted"]["iteration"]
     selection = facts.selection(iteration)
     assert selection is not None, "an iteration that was trained has a selection"
-    recipe, (base, _) = facts.recipe, base_identity(facts)
+    recipe = facts.recipe
     total = sum(selection["counts"].values())
     front = [
         "configs:",
@@ -119,15 +120,12 @@ def data_card(facts: Facts, rows: Sequence[dict[str, Any]]) -> str:
         "- text-generation",
     ]
     task = facts.task or recipe.task.name
-    former = read_json(facts.at(iteration - 1) / "iteration.json")["iteration"] if iteration > 1 else 0
-    source = f"iteration {former}'s model (trained from {base})" if former else base
     verifier = facts.run.get("verifier") or recipe.task.verifier or f"the one of the task {task}"
     g = recipe.generate
     sections = [
-        _front(front, ["rest-em", "self-training", "synthetic", "restem"]),
+        _front(front, ["rest-em", *_SOURCES[recipe.generate.source].tags, "restem"]),
         f"# Verified solutions of {_line(task)}, iteration {iteration}\n\n{len(rows)} solutions of {selection['covered']} of "
-        f"{selection['problems']} training problems ({selection['coverage']:.1%} covered). They were sampled from {source}, "
-        "graded, and kept only if correct; no human solution is among them.",
+        f"{selection['problems']} training problems ({selection['coverage']:.1%} covered). {_origin(facts, iteration)}",
         "## Columns\n\n`question`, `completion` (text), `problem_id` and `index` (identity of the sample), `weight` and "
         "`reward`, `answer` (as the verifier read it), `logprob` (natural log, of the completion with its end token, under the "
         "sampled model at temperature 1; null = not known), `prompt_ids` and "
@@ -188,6 +186,46 @@ def _scores(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+class _Source(NamedTuple):
+    """What the cards call training on a kind of solutions (`generate.source`)."""
+
+    method: str
+    data: str
+    tags: tuple[str, ...]
+
+
+_SOURCES = {
+    "model": _Source(
+        "ReST^EM self-training",
+        "self-generated and verifier-filtered: the training data (D_i) is the model's own output",
+        ("self-training", "synthetic"),
+    ),
+    "human": _Source(
+        "fine-tuning on human solutions, a baseline of ReST^EM",
+        "human and verifier-filtered: the training data is what comes with the problems",
+        (),
+    ),
+    "run": _Source(
+        "distillation, a comparison of ReST^EM",
+        "from another model and verifier-filtered: the training data is the output that another run has sampled",
+        ("distillation", "synthetic"),
+    ),
+}
+
+
+def _origin(facts: Facts, iteration: int) -> str:
+    """Whose solutions a data set holds."""
+    base, source = base_identity(facts)[0], facts.recipe.generate.source
+    if source == "human":
+        return "They are the human solutions that come with the problems, graded, and kept only if correct."
+    if source == "run":
+        name = Path(str(facts.recipe.generate.run)).name
+        return f"They were sampled by another run ({name}), graded again, and kept only if correct."
+    former = read_json(facts.at(iteration - 1) / "iteration.json")["iteration"] if iteration > 1 else 0
+    model = f"iteration {former}'s model (trained from {base})" if former else base
+    return f"They were sampled from {model}, graded, and kept only if correct; no human solution is among them."
+
+
 def _limits(license_: str | None) -> list[str]:
     words = ["Measured on this task only; what training did to other abilities was not measured here."]
     return (
@@ -201,8 +239,7 @@ def _provenance(facts: Facts) -> list[str]:
     assert facts.result is not None
     run = facts.run
     return [
-        "self-generated and verifier-filtered: the training data (D_i) is the model's own output, kept where the verifier "
-        "gave a reward",
+        f"{_SOURCES[facts.recipe.generate.source].data}, kept where the verifier gave a reward",
         f"seed {facts.recipe.seed}, started {run['created']}",
         f"weights: base {run['base_fingerprint']}, this model {facts.result['accepted']['fingerprint']}",
         f"restem {run['versions'].get('restem', 'of a checkout')}, commit {run.get('commit') or 'not known'}",

@@ -23,8 +23,7 @@ from restem.files import read_json, remove_directory, write_json
 from restem.monitor import Monitor, write_drift
 from restem.progress import Talk
 from restem.rundir import RunDirectory
-from restem.sampling import Sampler
-from restem.sampling.human import HumanSolutions
+from restem.sampling.given import given_solutions
 from restem.sandbox import choose
 from restem.scoring import score_on_test
 from restem.selection import select, write_selection
@@ -66,7 +65,7 @@ class Run:
             undo.callback(self.directory.close)
             self.backend = open_backend(recipe, self.prompt, self.path, self.talk.say)
             self.base = self.backend.base
-            self.human = self._human_solutions() if recipe.generate.source == "human" else None
+            self.given = given_solutions(recipe, replace(self.task, prompt=self.prompt), self.backend.renderer)
             facts = {
                 "base": relative(self.path, self.base),
                 "base_fingerprint": self.backend.fingerprint(self.base),
@@ -115,20 +114,17 @@ class Run:
         return Candidate(model=model, fingerprint=self.backend.fingerprint(model), reward=nan, low=nan, high=nan, n=0)
 
     def generate(self, policy: Candidate, iteration: int) -> list[Sample]:
-        """The E-step: N samples of the policy for every training problem, graded."""
-        if self.human is not None:
-            name, samples, stream = "human solutions", 1, "human solutions"
-        else:
-            name, samples, stream = "generate", self.stages.samples_per_problem, f"iteration {iteration}"
+        """The E-step: N samples of the policy for every training problem, graded; or the solutions given in their place."""
+        given = self.given
         return self.stages.draw(
-            f"iteration {iteration}: {name}",
+            f"iteration {iteration}: {given.name if given else 'generate'}",
             self.at(iteration),
             policy,
-            self.task.train,
-            samples,
+            [problem for problem in self.task.train if given is None or given.covers(problem)],
+            given.samples if given else self.stages.samples_per_problem,
             self.stages.decoding,
-            stream=stream,
-            sampler=self.human,
+            stream=given.name if given else f"iteration {iteration}",
+            sampler=given,
         )
 
     def select(self, samples: Sequence[Sample], iteration: int) -> tuple[Example, ...]:
@@ -196,7 +192,7 @@ class Run:
     def evaluate(self, policy: Candidate, iteration: int) -> None:
         """Scores on the test problems, and for the last policy its train accuracy."""
         last = iteration == self.recipe.iterations
-        if last or self.human is not None:
+        if last or self.given is not None:
             self._train_accuracy(policy, iteration)
         if self.recipe.evaluate.every or last or iteration == 0:
             for task in self.tests:
@@ -221,14 +217,6 @@ class Run:
         return accepted
 
     # --- behind them ----------------------------------------------------------------------------------------------------------
-
-    def _human_solutions(self) -> Sampler:
-        if self.recipe.iterations > 1:
-            raise RestemError(
-                f'generate.source = "human" with iterations = {self.recipe.iterations}: human solutions are the same in every '
-                "iteration, and each starts from the base. Set iterations = 1."
-            )
-        return HumanSolutions(replace(self.task, prompt=self.prompt), self.backend.renderer)
 
     def _task_facts(self) -> dict[str, Any]:
         """What the task decided where the recipe left it to the task."""

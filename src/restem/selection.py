@@ -19,12 +19,13 @@ from restem.types import Example, Problem, Sample
 
 
 class Renders(Protocol):
-    """What selection needs of a `restem.prompts.Renderer`."""
+    """What is needed of a `restem.prompts.Renderer`, here and where solutions are given."""
 
     @property
     def end_id(self) -> int: ...
     def encode(self, problem: Problem) -> tuple[int, ...]: ...
     def encode_completion(self, text: str) -> tuple[int, ...]: ...
+    def decode(self, ids: tuple[int, ...]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,7 +85,7 @@ OPEN = (
         "U11",
         "The recipe of the baseline that trains on human solutions",
         'That of the run, but for the source: one human solution a problem. With "model" no human solution is used.',
-        ("generate.source",),
+        ("generate.source", "generate.run"),
     ),
     Open("U12", "Whether that baseline stops by the same rule", "It does: it is a run like any other.", ("improve.stop",)),
     Open(

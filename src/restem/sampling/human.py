@@ -1,13 +1,12 @@
 """The data's own worked solutions in the place of a model's: the paper's baseline, supervised fine-tuning on human data.
 
-They go the way of samples: written, graded, selected, trained on with the same prompt, base and stop rule, so that nothing but
-the source of the solutions differs (`generate.source = "human"`). There is one a problem, whatever N is.
+There is one a problem, whatever N is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from restem.errors import RestemError
@@ -23,18 +22,24 @@ class Tokenizes(Protocol):
 
 
 class HumanSolutions:
-    """A sampler that writes down the human solution of each problem. Raises RestemError if the task has none.
+    """A sampler that writes down the human solution of each problem, or of those named in `only`. Raises RestemError if the
+    task has none.
 
     A problem without one gets an empty completion, which its verifier refuses and the counts of D_i show.
     """
 
-    def __init__(self, task: Task, renderer: Tokenizes) -> None:
-        self.task, self.renderer = task, renderer
+    name, samples = "human solutions", 1
+
+    def __init__(self, task: Task, renderer: Tokenizes, only: Container[str] | None = None) -> None:
+        self.task, self.renderer, self.only = task, renderer, only
         if not any(human_solution(task, problem) for problem in task.train):
             raise RestemError(
                 f'generate.source = "human", but no training problem of {task.name} comes with a worked solution.\n'
                 'Give your data a column "solution", or train on the model\'s own (generate.source = "model").'
             )
+
+    def covers(self, problem: Problem) -> bool:
+        return self.only is None or problem.id in self.only
 
     def sample(self, problems: Sequence[Problem], owed: Iterable[Owed], decoding: Decoding, *, stream: str) -> Iterator[Sample]:
         known = {problem.id: problem for problem in problems}

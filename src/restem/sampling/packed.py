@@ -1,7 +1,8 @@
 """Linear layers whose weights are put in the processor's own order once, instead of at every call.
 
-On a CPU, a bfloat16 product first reorders the weights; with a few hundred rows that is some per cent of its time. The model is
-not changed: its linear layers compute with the reordered copies for the time of a with block. Elsewhere this does nothing.
+On a CPU, a product first reorders the weights; with a few hundred rows that is some per cent of its time, and for a wide output
+layer as much as the product itself. The model is not changed: its linear layers compute with the reordered copies for the time
+of a with block. Elsewhere this does nothing.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ class _Forward:
 
 
 def _pays(model: Any) -> bool:
-    """In bfloat16 on a CPU that multiplies in it, with room for a second copy of the weights."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    """On a CPU, in a number format that it multiplies in, with room for a second copy of the weights."""
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()):
+    if not (model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
     copies = sum(module.weight.nbytes for module in model.modules() if type(module) is torch.nn.Linear)
     return copies < free_bytes(model.device) // 4

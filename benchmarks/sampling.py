@@ -73,6 +73,7 @@ class Work:
     def for_vllm(self) -> dict[str, Any]:
         return {
             "model": self.path,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "prompts": self.prompts,
             "samples": self.shape.samples,
             "tokens": self.shape.tokens,
@@ -152,7 +153,9 @@ def compare(name: str, work: Work, peers: list[str], options: argparse.Namespace
         "size": f"{work.shape.problems} problems x {work.shape.samples} samples x {work.shape.tokens} tokens, "
         f"prompts of {min(lengths)} to {max(lengths)} tokens",
         "machine": machine(work.model.device),
-        "notes": "; ".join([*notes, f"generate draws {work.shape.part} of the samples"]),
+        "notes": "; ".join(
+            [f"everyone in {work.for_vllm()['dtype']}", *notes, f"generate draws {work.shape.part} of the samples"]
+        ),
     }
     print(json.dumps(line), flush=True)
 

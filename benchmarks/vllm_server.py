@@ -11,7 +11,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     llm = LLM(
         model=settings["model"],
-        dtype="bfloat16",
+        dtype=settings["dtype"],
         enable_prefix_caching=True,
         max_model_len=2048,
         max_num_seqs=256,

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from restem.errors import RestemError
-from restem.files import read_metadata, read_rows, write_rows
+from restem.files import read_metadata, read_rows, read_table, write_rows
 from restem.sampling import Decoding, Owed, Sampler
 from restem.types import Grade, Problem, Sample
 from restem.verifiers.pool import VerifierPool
@@ -91,8 +93,8 @@ class _Shard:
         part = stage.samples_part(number)
         if part.exists():
             self._check(part)
-            for row in read_rows(part):
-                self._start_grading(_sample(row))
+            for sample in _read_samples(part):
+                self._start_grading(sample)
             if self.samples.keys() != self.wanted:
                 raise RestemError(
                     f"{part} does not hold the samples of this run ({len(self.samples)} of {len(self.wanted)} fit). "
@@ -182,9 +184,9 @@ def read_part(directory: Path, number: int) -> Iterator[Sample]:
     """The graded samples of one part; joined by identity, never by position."""
     name = f"part-{number:05d}.parquet"
     grades = {(row["problem_id"], row["index"]): row for row in read_rows(directory / "grades" / name)}
-    for row in read_rows(directory / "samples" / name):
-        found = grades[row["problem_id"], row["index"]]
-        yield replace(_sample(row), **{name: found[name] for name in _GRADE_FIELDS})
+    for sample in _read_samples(directory / "samples" / name):
+        found = grades[sample.problem_id, sample.index]
+        yield replace(sample, **{name: found[name] for name in _GRADE_FIELDS})
 
 
 def write_grades(directory: Path, number: int, samples: Sequence[Sample], grades: Sequence[Grade]) -> None:
@@ -204,16 +206,32 @@ def _graded(sample: Sample, grade: Grade) -> Sample:
 
 
 def _row(sample: Sample) -> dict[str, Any]:
-    names = ("problem_id", "index", "text", "finish", "logprob")
-    return {**{name: getattr(sample, name) for name in names}, "token_ids": list(sample.token_ids)}
+    return {**{name: getattr(sample, name) for name in _PLAIN_FIELDS}, "token_ids": list(sample.token_ids)}
 
 
-_IDS: dict[int, int] = {}
-"""Every token id once: a run's samples hold the same few thousand ones over and over, and as objects each takes 28 bytes."""
+_PLAIN_FIELDS = ("problem_id", "index", "text", "finish", "logprob")
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    return Sample(**{**row, "token_ids": tuple([_IDS.setdefault(token, token) for token in row["token_ids"]])})
+def _read_samples(part: Path) -> list[Sample]:
+    """The samples of one part, without grades."""
+    table = read_table(part)
+    runs = table["token_ids"].combine_chunks()
+    ids_T = runs.values.to_numpy(zero_copy_only=False)
+    tokens = _integers(int(ids_T.max(initial=0)).bit_length())[ids_T].tolist()
+    ends = runs.offsets.to_pylist()
+    columns = zip(*(table[name].to_pylist() for name in _PLAIN_FIELDS), strict=True)
+    return [
+        Sample(**dict(zip(_PLAIN_FIELDS, row, strict=True)), token_ids=tuple(tokens[start:end]))
+        for row, (start, end) in zip(columns, pairwise(ends), strict=True)
+    ]
+
+
+@cache
+def _integers(bits: int) -> Any:
+    """0 to 2**bits - 1 as objects, of each just one: samples repeat few token ids, and an object takes 28 bytes."""
+    import numpy as np
+
+    return np.arange(2**bits).astype(object)
 
 
 def _sample_schema() -> Any:

@@ -39,9 +39,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]], schema: Any, metadata: Ma
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    return read_table(path).to_pylist()  # type: ignore[no-any-return]
+
+
+def read_table(path: Path) -> Any:
+    """A Parquet file as a pyarrow Table."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path).read().to_pylist()  # type: ignore[no-any-return]
+    return pq.ParquetFile(path).read()
 
 
 def read_metadata(path: Path) -> dict[str, str]:

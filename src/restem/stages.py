@@ -7,6 +7,7 @@ E-step's decoding, the progress that the user sees, and the check that what is s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from restem.backends import Backend
@@ -93,8 +94,9 @@ class Stages:
 
     def close(self, *, cancel: bool) -> None:
         """End the workers. `cancel`: without waiting for what they are at."""
-        for pool in self._pools.values():
-            pool.close(cancel=cancel)
+        with ExitStack() as last:  # all of them, even if one fails
+            for pool in self._pools.values():
+                last.callback(pool.close, cancel=cancel)
 
     def _open_pool(self, verifier: str) -> VerifierPool:
         engine = self.recipe.engine

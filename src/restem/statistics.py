@@ -25,6 +25,8 @@ FLIPS = 20_000
 """Random sign flips of a permutation test; the smallest p-value it can give is 1 / (FLIPS + 1)."""
 EXACT_FLIPS_UP_TO = 12
 """With so few non-zero differences all 2**12 sign patterns are enumerated instead."""
+COST_OF_A_COUNT = 10
+"""How many drawn problems cost as much time as one drawn count of a distinct value."""
 NOISE_LEVEL = 0.05
 """A difference whose p-value is at least this is described as within noise."""
 
@@ -276,16 +278,20 @@ def _bootstrap(values: NDArray[np.float64], level: float, rng: np.random.Generat
     import numpy as np
 
     # Problems with equal values are interchangeable: drawing how often each distinct value occurs is the same
-    # distribution as drawing indices, and cheap when values are means of few samples.
+    # distribution as drawing problems, and cheaper when values are means of few samples.
     distinct, counts = np.unique(values, return_counts=True)
     if distinct.size == 1:
         return float(distinct[0]), float(distinct[0])
-    means = np.empty(RESAMPLES)
-    chunk = max(1, 4_000_000 // distinct.size)  # 32 MB of counts at a time
+    repeats = distinct.size * COST_OF_A_COUNT < values.size
+    sums = np.empty(RESAMPLES)
+    chunk = max(1, 4_000_000 // (distinct.size if repeats else values.size))  # 32 MB of numbers at a time
     for start in range(0, RESAMPLES, chunk):
-        rows = min(chunk, RESAMPLES - start)
-        means[start : start + rows] = rng.multinomial(values.size, counts / values.size, size=rows) @ distinct
-    low, high = np.quantile(means / values.size, [(1 - level) / 2, (1 + level) / 2])
+        rows = slice(start, min(start + chunk, RESAMPLES))
+        if repeats:
+            sums[rows] = rng.multinomial(values.size, counts / values.size, size=rows.stop - start) @ distinct
+        else:
+            sums[rows] = values[rng.integers(values.size, size=(rows.stop - start, values.size))].sum(1)
+    low, high = np.quantile(sums / values.size, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

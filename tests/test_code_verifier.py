@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restem.sandbox import Limits, choose, examine
+from restem.sandbox import Limits, choose, examine, slowness
 from restem.sandbox.inside import plain
-from restem.types import Problem
+from restem.types import Grade, Problem
 from restem.verifiers.code import CodeTests, complete, extract, run_tests, verify
 from restem.verifiers.code.comparison import same_text, same_value
 
@@ -355,6 +355,25 @@ def test_verify_reads_the_tests_of_a_problem_and_the_code_that_a_completion_cont
     assert verify(continued, "    return sum(xs)\n").reward == 1
     assert verify(Problem(id="p", question="q", reference={"kind": "odd"}), ADD).reason == "verifier_error"
     assert verify(Problem(id="p", question="q", reference="3"), ADD).reason == "verifier_error"
+
+
+def test_the_default_time_limit_is_longer_on_a_slow_machine_and_one_that_is_named_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert 1 <= slowness() <= 4 and (4 * slowness()).is_integer()
+    seen: list[float] = []
+
+    def judged(program: str, tests: CodeTests, limits: Limits) -> Grade:
+        seen.append(limits.time_s)
+        return Grade(reward=1.0, reason="correct")
+
+    monkeypatch.setattr("restem.verifiers.code.slowness", lambda: 2.5)
+    monkeypatch.setattr("restem.verifiers.code.run_tests", judged)
+    tests = CodeTests(kind="stdin", inputs=("1 2",), outputs=("3",))
+    for number, limits in enumerate(({}, {"memory_mb": 512}, {"time_s": 1.5})):
+        problem = Problem(id=f"slow {number}", question="add", reference=tests, meta={"limits": limits})
+        assert verify(problem, f"```python\n{ADD}\n# {number}\n```").reward == 1.0
+    assert seen == [10.0, 10.0, 1.5]
 
 
 def test_the_name_code_loads_this_verifier() -> None:

@@ -96,7 +96,7 @@ def check_text(report: dict[str, Any]) -> str:
     ]
     if not shared:
         lines.append("13 words in a row in two of train, val, test and exemplars: none")
-    lines += [f"{f['split']} {f['problem_id']}: {f['reference']!r} {f['reason']} {f['note']}" for f in report["findings"]]
+    lines += [f"{f['split']} {f['problem_id']}: {f['reference']!r:.80} {f['reason']} {f['note']}" for f in report["findings"]]
     return "\n".join([*lines, "ok" if report["ok"] else "not ok: mend what is listed, or give another task.verifier"])
 
 
@@ -200,11 +200,12 @@ def machine() -> dict[str, Any]:
 
 
 def sandbox_facts() -> dict[str, Any]:
-    """The rung of the sandbox ladder that holds here, and why the others are not used."""
-    from restem.sandbox import examine
+    """The rung of the sandbox ladder that holds here, why the others are not used, and how long programs may take."""
+    from restem.sandbox import examine, slowness
 
     rungs = examine()
-    return {"rung": rungs.best, "failures": {rung: list(reasons) for rung, reasons in rungs.failures.items() if reasons}}
+    failures = {rung: list(reasons) for rung, reasons in rungs.failures.items() if reasons}
+    return {"rung": rungs.best, "time_limit_factor": slowness(), "failures": failures}
 
 
 def machine_text(facts: dict[str, Any]) -> str:
@@ -216,6 +217,7 @@ def machine_text(facts: dict[str, Any]) -> str:
     ]
     sandbox = facts["sandbox"]
     lines.append(f"{'sandbox':<14} {sandbox['rung'] or 'none holds here: programs of a model are not run'}")
+    lines.append(f"{'':<14} time limits of programs x {sandbox['time_limit_factor']:g}, by the speed of Python here")
     lines += [f"{'':<14} not {rung}: {'; '.join(reasons)}" for rung, reasons in sandbox["failures"].items()]
     return "\n".join([*lines, f"{'versions':<14} " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items())])
 

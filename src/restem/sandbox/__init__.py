@@ -11,6 +11,6 @@ Whatever the rung, the judge is outside: expected results never enter, and only 
 
 from restem.sandbox.ladder import Rungs, choose, examine
 from restem.sandbox.launch import RUNGS, Box, BoxLost, Rung
-from restem.sandbox.limits import Limits
+from restem.sandbox.limits import Limits, slowness
 
-__all__ = ["RUNGS", "Box", "BoxLost", "Limits", "Rung", "Rungs", "choose", "examine"]
+__all__ = ["RUNGS", "Box", "BoxLost", "Limits", "Rung", "Rungs", "choose", "examine", "slowness"]

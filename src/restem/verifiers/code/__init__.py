@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from dataclasses import replace
 
-from restem.sandbox import Limits
+from restem.sandbox import Limits, slowness
 from restem.types import Grade, Problem
 from restem.verifiers.code.extraction import complete, extract
 from restem.verifiers.code.judge import run_tests
@@ -28,11 +29,14 @@ def verify(problem: Problem, completion: str) -> Grade:
     """Grade a completion against `problem.reference`, a CodeTests or what `CodeTests.as_dict` made of one.
 
     `problem.meta["code"]` is code that the completion continues (HumanEval's prompt). `problem.meta["limits"]`: Limits as a
-    dict.
+    dict; where it names no time limit, the default one is longer on a slow machine (`slowness`).
     """
     try:
         tests = CodeTests.of(problem.reference)
-        limits = Limits(**problem.meta.get("limits", {}))
+        given = problem.meta.get("limits", {})
+        limits = Limits(**given)
+        if "time_s" not in given:
+            limits = replace(limits, time_s=limits.time_s * slowness())
     except (TypeError, ValueError) as error:
         return Grade(reward=None, reason="verifier_error", note=f"the tests of {problem.id} cannot be read: {error}")
     start = problem.meta.get("code")

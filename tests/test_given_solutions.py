@@ -91,6 +91,7 @@ def test_the_cards_say_whose_solutions_they_are(teacher: Path, tmp_path: Path) -
         data = (tmp_path / f"{source}-export" / "data" / "README.md").read_text(encoding="utf-8")
         model = (tmp_path / f"{source}-export" / "model" / "README.md").read_text(encoding="utf-8")
         assert words in data and "no human solution is among them" not in data
+        assert "temperature 0.7" not in data.split("## Recipe")[0] and "at most 10 kept of each problem" in data
         assert "self-training" not in model and "self-generated" not in model
 
 

@@ -121,7 +121,6 @@ def data_card(facts: Facts, rows: Sequence[dict[str, Any]]) -> str:
     ]
     task = facts.task or recipe.task.name
     verifier = facts.run.get("verifier") or recipe.task.verifier or f"the one of the task {task}"
-    g = recipe.generate
     sections = [
         _front(front, ["rest-em", *_SOURCES[recipe.generate.source].tags, "restem"]),
         f"# Verified solutions of {_line(task)}, iteration {iteration}\n\n{len(rows)} solutions of {selection['covered']} of "
@@ -134,8 +133,7 @@ def data_card(facts: Facts, rows: Sequence[dict[str, Any]]) -> str:
         + _list(
             [
                 f"verifier: {verifier}; it sees the answer or the tests only, so a wrong way to a right answer is kept",
-                f"N: {total // selection['problems']} samples of each problem, at most {recipe.select.max_per_problem} kept",
-                f"decoding: temperature {g.temperature}, top-k {g.top_k}, top-p {g.top_p}, min-p {g.min_p}",
+                *_sampling(facts, total // selection["problems"]),
                 *_provenance(facts),
                 *_earlier(facts, iteration),
             ]
@@ -224,6 +222,17 @@ def _origin(facts: Facts, iteration: int) -> str:
     former = read_json(facts.at(iteration - 1) / "iteration.json")["iteration"] if iteration > 1 else 0
     model = f"iteration {former}'s model (trained from {base})" if former else base
     return f"They were sampled from {model}, graded, and kept only if correct; no human solution is among them."
+
+
+def _sampling(facts: Facts, samples: int) -> list[str]:
+    """How solutions were drawn; of those that were given, how many were kept."""
+    g, most = facts.recipe.generate, f"at most {facts.recipe.select.max_per_problem} kept"
+    if g.source != "model":
+        return [f"{most} of each problem"]
+    return [
+        f"N: {samples} samples of each problem, {most}",
+        f"decoding: temperature {g.temperature}, top-k {g.top_k}, top-p {g.top_p}, min-p {g.min_p}",
+    ]
 
 
 def _limits(license_: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Solutions that are given instead of drawn from the run's own model: the paper's comparisons (sections 5.3 and 5.4).
+"""Solutions that are given instead of drawn from the run's own model: the paper's comparisons (section 5.3).
 
 `generate.source = "human"` is fine-tuning on human data, "run" on another run's samples: distillation from a teacher, or, with
 the same base and one solution a problem, one model solution against one human solution of the same problems. They go the way of

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Protocol
 
 from restem.errors import RestemError
 from restem.sampling import Decoding, Owed
+from restem.selection import Renders
 from restem.tasks.task import Task
 from restem.types import Problem, Sample
-
-
-class Tokenizes(Protocol):
-    """What is needed of a `restem.prompts.Renderer`."""
-
-    def encode_completion(self, text: str) -> tuple[int, ...]: ...
 
 
 class HumanSolutions:
@@ -30,7 +24,7 @@ class HumanSolutions:
 
     name, samples = "human solutions", 1
 
-    def __init__(self, task: Task, renderer: Tokenizes, only: Container[str] | None = None) -> None:
+    def __init__(self, task: Task, renderer: Renders, only: Container[str] | None = None) -> None:
         self.task, self.renderer, self.only = task, renderer, only
         if not any(human_solution(task, problem) for problem in task.train):
             raise RestemError(

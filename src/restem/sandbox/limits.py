@@ -36,7 +36,7 @@ def slowness() -> float:
     """How many times as long as the machine that default time limits are meant for this one takes to run Python.
 
     Processor time of a plain loop, the least of five tries; in quarters, from 1 to 4, so that one machine says the same each
-    time. Verdicts on slow but right programs then do not depend on where they are run.
+    time. So a slow but right program passes on a slow machine too.
     """
     tries = []
     for _ in range(5):

@@ -1,16 +1,17 @@
 """Target tokens per second and peak memory of the tree trainer against TRL, padded and packed, and against plain rows.
 
     python -m benchmarks.training [--shape few-shot,zero-shot,worst] [--peers trl,trl-packed,rows] [--rounds 3] [--problems N]
-                                  [--dtype auto] [--checkpointing] [--trl-python DIR/bin/python] [--model embedded]
+                                  [--batch 32] [--dtype auto] [--checkpointing] [--trl-python DIR/bin/python] [--model embedded]
 
-Everyone trains the same token ids in the same optimiser steps of 32 examples, all weights, in the same arithmetic (weights and
-optimiser in float32), with the same AdamW and the same clipping; the loss is the mean over the target tokens. Target tokens are
-those of the completions, with their end tokens. Every step has the same lengths, so that a slow peer may train fewer steps.
+Everyone trains the same token ids in the same optimiser steps of 32 examples (or `--batch`), all weights, in the same
+arithmetic (weights and optimiser in float32), with the same AdamW and the same clipping; the loss is the mean over the target
+tokens. Target tokens are those of the completions, with their end tokens. Every step has the same lengths, so that a slow peer
+may train fewer steps.
 
 `trl` is its SFTTrainer with its own collator, given each step sorted by length; `trl-packed` the same with each step packed
 by its "bfd" strategy; `rows` is what our trainer would do without the tree: transformers' forward on one sequence per row,
 sorted by length, with logits at the targets only. Each uses the fastest of a few sizes of its micro-batches, tried beforehand
-on a quarter of a step.
+on eight examples of a step.
 
 Everyone runs in a process of its own, so that the peak memory is its own. Loading and the first step are not timed. One round
 measures ours and then each peer; the medians of the rounds are compared.
@@ -56,6 +57,16 @@ class Shape:
         turns = self.batch // sum(self.solutions)
         return max(2, self.problems // (turns * len(self.solutions)))
 
+    def with_batch(self, batch: int) -> Shape:
+        """The same with fewer examples a step: the first problems of a turn, the last of them with what is left."""
+        left, solutions = batch, []
+        for count in self.solutions:
+            solutions.append(min(count, left))
+            left -= solutions[-1]
+            if not left:
+                break
+        return replace(self, solutions=tuple(solutions), batch=batch)
+
 
 SHAPES = {
     "few-shot": Shape(64, (10, 10, 8, 4), 150, 600, 60, part=1),
@@ -74,6 +85,7 @@ def main() -> None:
     parser.add_argument("--peers", default="trl,trl-packed,rows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--problems", type=int, help="fewer problems than the shape has; two steps are trained in any case")
+    parser.add_argument("--batch", type=int, help="fewer examples per step than the 32 of a shape, for a slow machine")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass, everyone")
     parser.add_argument("--model", default="embedded")
@@ -86,6 +98,7 @@ def main() -> None:
     for name in options.shape.split(","):
         shape = SHAPES[name]
         shape = replace(shape, problems=min(shape.problems, options.problems or shape.problems))
+        shape = shape.with_batch(options.batch) if options.batch else shape
         if options.contestant:
             print(json.dumps(contest(options.contestant, shape, options)), flush=True)
         else:
@@ -157,6 +170,7 @@ def run(who: str, name: str, size: int, options: argparse.Namespace, *, probe: b
     command = [python, "-m", "benchmarks.training", "--contestant", who, "--shape", name, "--size", str(size)]
     command += ["--dtype", options.dtype, "--model", options.model, "--device", options.device]
     command += ["--problems", str(options.problems)] if options.problems else []
+    command += ["--batch", str(options.batch)] if options.batch else []
     command += ["--checkpointing"] if options.checkpointing else []
     command += ["--probe"] if probe else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -205,7 +219,8 @@ def contest(who: str, shape: Shape, options: argparse.Namespace) -> dict[str, fl
     end = config["eos_token_id"]
     steps = make_steps(shape, config["vocab_size"], end[0] if isinstance(end, list) else end)
     if options.probe:
-        steps = [tuple(by_length(step)[2::4]) for step in steps[:2]]
+        apart = max(1, shape.batch // 8)
+        steps = [tuple(by_length(step)[apart // 2 :: apart]) for step in steps[:2]]
     elif who != "ours":
         steps = steps[: 1 + shape.part]
     clock = Clock(device)

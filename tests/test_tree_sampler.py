@@ -465,6 +465,29 @@ def test_more_rows_are_tried_as_long_as_they_make_the_machine_faster() -> None:
     assert settled(lambda rows: max(1.0, rows / 300), 1000) == 512
 
 
+def test_a_later_stage_keeps_as_many_rows_as_an_earlier_one_found_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every stage would try more, and memory would grow from one to the next."""
+    from restem.sampling.flight import Pace
+
+    step = Pace.step
+    monkeypatch.setattr(Pace, "step", lambda pace, rows, _: step(pace, rows, 0.01 * rows))  # more rows are no faster
+    seen: list[int] = []
+    forward = TreeSampler.forward
+
+    def watched(sampler: TreeSampler, tokens: Any, *rest: Any) -> Any:
+        seen.append(len(tokens))
+        return forward(sampler, tokens, *rest)
+
+    monkeypatch.setattr(TreeSampler, "forward", watched)
+    stage, sampler = problems(), TreeSampler(tiny(), few_shot())
+    most = []
+    for stream in ("run 1", "run 2"):
+        seen.clear()
+        assert len(list(sampler.sample(stage, owe(stage, 60), Decoding(max_tokens=20), stream=stream))) == 600
+        most.append(max(seen))
+    assert most == [256, 128]
+
+
 def test_rows_that_end_at_once_while_the_batch_grows_are_replaced() -> None:
     """A third of the samples is empty: rows come and go before their slots exist, while 128 rows become 256 and 512."""
     logits = torch.full((tiny_models.VOCABULARY, tiny_models.VOCABULARY), -40.0)

@@ -24,8 +24,8 @@ from restem.errors import RestemError
 from restem.sampling import Decoding, Owed, TreeSampler
 from restem.selection import select
 from restem.training import Interval, TreeTrainer
-from restem.training.batches import Pack, make_packs, plan_steps, token_weights
-from restem.training.loss import PackLoss
+from restem.training.batches import Pack, make_packs, plan_steps, shared_prompt, token_weights
+from restem.training.loss import PackLoss, SharedPrompt
 from restem.types import Example
 from tiny_models import END, REFUSED, SERVED, VOCABULARY, bigram, few_shot, one_thread, problems, save, tiny  # noqa: F401
 
@@ -86,15 +86,24 @@ def row_gradients(model: Any, examples: Sequence[Example], objective: str = "sum
 
 
 def tree_gradients(
-    model: Any, examples: Sequence[Example], objective: str = "sum", *, budget: int = 4096
+    model: Any,
+    examples: Sequence[Example],
+    objective: str = "sum",
+    *,
+    budget: int = 64,
+    is_apart: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[float, torch.Tensor]:
+    """As `Session.step` does it: the beginning of all prompts by itself, or in each pack."""
     model.zero_grad()
-    total = 0.0
+    total, pack_loss = 0.0, PackLoss(model, dtype)
     with tree_attention(model):
-        for pack in make_packs(examples, objective, budget):
-            loss = PackLoss(model, torch.float32)(pack).weighted
+        shared = SharedPrompt(pack_loss, shared_prompt(examples) if is_apart else ())
+        for pack in make_packs(examples, objective, budget, is_apart=is_apart):
+            loss = pack_loss(pack, shared.before).weighted
             loss.backward()
             total += loss.item()
+        shared.backward()
     return total, flat_gradients(model)
 
 
@@ -109,10 +118,14 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 # --- promise 4: tree training is row training -------------------------------------------------------------------------------
 
 
+apart = pytest.mark.parametrize("is_apart", [True, False], ids=["shared part once", "shared part in each pack"])
+
+
+@apart
 @pytest.mark.parametrize("name", SERVED)
-def test_loss_and_gradients_equal_row_training(name: str) -> None:
+def test_loss_and_gradients_equal_row_training(name: str, is_apart: bool) -> None:
     model = tiny(name)
-    expected, found = row_gradients(model, TREES["uneven"]), tree_gradients(model, TREES["uneven"])
+    expected, found = row_gradients(model, TREES["uneven"]), tree_gradients(model, TREES["uneven"], is_apart=is_apart)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert distance(found[1], expected[1]) < 1e-5
 
@@ -130,19 +143,22 @@ def test_every_single_gradient_equals_row_training(name: str) -> None:
         assert (parameter.grad - expected[key]).norm() <= 2e-5 * expected[key].norm() + 1e-7 * size, key
 
 
+@apart
 @pytest.mark.parametrize("objective", ["sum", "token-mean", "problem"])
 @pytest.mark.parametrize("shape", TREES)
-def test_trees_of_every_shape_equal_row_training(shape: str, objective: str) -> None:
+def test_trees_of_every_shape_equal_row_training(shape: str, objective: str, is_apart: bool) -> None:
     model = tiny()
-    expected, found = row_gradients(model, TREES[shape], objective), tree_gradients(model, TREES[shape], objective)
+    expected = row_gradients(model, TREES[shape], objective)
+    found = tree_gradients(model, TREES[shape], objective, is_apart=is_apart)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert distance(found[1], expected[1]) < 1e-5
 
 
+@apart
 @pytest.mark.parametrize("budget", [1, 64, 100, 100_000])
-def test_the_token_budget_changes_nothing(budget: int) -> None:
+def test_the_token_budget_changes_nothing(budget: int, is_apart: bool) -> None:
     examples, model = random_tree(branches=(4, 2, 5, 1), seed=3), tiny()
-    expected, found = row_gradients(model, examples), tree_gradients(model, examples, budget=budget)
+    expected, found = row_gradients(model, examples), tree_gradients(model, examples, budget=budget, is_apart=is_apart)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert distance(found[1], expected[1]) < 1e-5
 
@@ -152,6 +168,8 @@ def test_a_smaller_budget_makes_more_packs_and_a_larger_one_computes_less() -> N
     counts = [len(make_packs(examples, "sum", budget)) for budget in (1, 64, 100_000)]
     assert counts[0] == len(examples) > counts[1] > counts[2] == 1
     (pack,) = make_packs(examples, "sum", 100_000)
+    (behind,) = make_packs(examples, "sum", 100_000, is_apart=True)
+    assert len(pack.tree.tokens) - len(behind.tree.tokens) == len(shared_prompt(examples)) >= 20
     prompts = {example.prompt_ids for example in examples}
     once = 20 + sum(len(prompt) - 20 for prompt in prompts) + sum(len(example.completion_ids) - 1 for example in examples)
     assert len(pack.tree.tokens) <= once  # prompts may by chance share more than their prefix of 20
@@ -166,27 +184,26 @@ def test_the_order_of_the_examples_changes_nothing(seed: int) -> None:
     assert distance(found[1], expected[1]) < 1e-5
 
 
-def test_long_nodes_equal_row_training() -> None:
+@apart
+def test_long_nodes_equal_row_training(is_apart: bool) -> None:
     """Nodes longer than one block of the attention kernels, and more targets than one chunk of the loss."""
     examples = random_tree(prefix=150, branches=(4, 3, 4), longest=200, seed=5)
     assert sum(len(example.completion_ids) for example in examples) > 1024
     model = tiny()
-    expected, found = row_gradients(model, examples), tree_gradients(model, examples)
+    expected, found = row_gradients(model, examples), tree_gradients(model, examples, budget=1024, is_apart=is_apart)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert distance(found[1], expected[1]) < 1e-5
 
 
-def test_bfloat16_arithmetic_stays_near_the_float32_gradient() -> None:
+@apart
+def test_bfloat16_arithmetic_stays_near_the_float32_gradient(is_apart: bool) -> None:
     """As near as row training in bfloat16 does, which is all that can be asked."""
     model, examples = tiny(), TREES["uneven"]
     _, exact = row_gradients(model, examples)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, rows = row_gradients(model, examples)
-    model.zero_grad()
-    with tree_attention(model):
-        for pack in make_packs(examples, "sum", 4096):
-            PackLoss(model, torch.bfloat16)(pack).weighted.backward()
-    assert distance(flat_gradients(model), exact) < 1.5 * distance(rows, exact)
+    _, found = tree_gradients(model, examples, is_apart=is_apart, dtype=torch.bfloat16)
+    assert distance(found, exact) < 1.5 * distance(rows, exact)
 
 
 @pytest.mark.parametrize("sure", [1.0, 8.0, 12.0])

@@ -1,7 +1,8 @@
 """Attention over a tree: exact, without a mask over the pack, forward and backward.
 
-For each node there is one causal block on itself and one full block of all its descendants on it. Blocks are merged by
-log-sum-exp (as in Hydragen, arXiv 2402.05099). Layers with a sliding window shorter than the text, or with capped scores, are
+For each node there is one causal block on itself and one full block of all its descendants on it; what precedes the roots, if
+its keys and values are at hand, is one more full block of the whole pack. Blocks are merged by log-sum-exp (as in Hydragen,
+arXiv 2402.05099). Layers with a sliding window shorter than the text, or with capped scores, are
 computed with a dense mask instead: right, and quadratic in the pack.
 
 Shapes: q is [1, H, T, D], k and v are [1, K, T, D] with K key-value heads; log-sum-exps are [1, H, T] in float32.
@@ -9,7 +10,7 @@ Shapes: q is [1, H, T, D], k and v are [1, K, T, D] with K key-value heads; log-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -100,19 +101,45 @@ class AttentionPlan:
         return self._visible[window]
 
 
+Before = tuple[Tensor, Tensor]
+"""Keys and values [1, K, P, D] of P tokens that stand before the roots of a pack."""
+
+
 @dataclass(frozen=True)
 class PackAttention:
-    """Attention within one pack: training, and computing a prefix."""
+    """Attention within one pack: training, and computing prompts. `before`: by layer; empty = nothing precedes the roots."""
 
     plan: AttentionPlan
+    before: Mapping[int, Before] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        before = self.before.get(layer)
         if not rule.is_plain(self.plan.reach):
-            return dense(q, k, v, self.plan.visible(rule.window), rule)
+            return self._dense(q, k, v, before, rule)
         # On a CPU the float32 kernels are the faster ones, above all backward, and nothing is lost in them.
         dtype = torch.float32 if q.device.type == "cpu" else v.dtype
-        out = _TreeAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), self.plan, rule.scale)  # type: ignore[no-untyped-call]
-        return out.to(v.dtype)  # type: ignore[no-any-return]
+        parts = [x.to(dtype) for x in (q, k, v, *(before or ()))]
+        return _TreeAttention.apply(self.plan, rule.scale, *parts).to(v.dtype)  # type: ignore[no-untyped-call,no-any-return]
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, before: Before | None, rule: Rule) -> Tensor:
+        seen = self.plan.visible(rule.window)
+        if before is not None:
+            length = before[0].shape[2]
+            earlier = near(self.plan.position_T, torch.arange(length, device=q.device), rule.window)
+            k, v, seen = torch.cat([before[0].to(k), k], 2), torch.cat([before[1].to(v), v], 2), torch.cat([earlier, seen], 1)
+        return dense(q, k, v, seen, rule)
+
+
+class Capture:
+    """Keeps every layer's keys and values [1, K, T, D] of a pass, around another attention."""
+
+    def __init__(self, inner: PackAttention) -> None:
+        self.inner = inner
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        self.layers[layer] = k, v
+        return self.inner.attend(layer, q, k, v, rule)
 
 
 def block(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -190,18 +217,24 @@ def _block_backward(
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    def forward(ctx: Any, plan: AttentionPlan, scale: float, q: Tensor, k: Tensor, v: Tensor, *before: Tensor) -> Tensor:
         out, lse = pack_attention(q, k, v, plan, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        if before:
+            out, lse = merge([(out, lse), block(q, before[0], before[1], scale, causal=False)])
+        ctx.save_for_backward(q, k, v, out, lse, *before)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *before = ctx.saved_tensors
         plan, scale, g = ctx.plan, ctx.scale, grads[0].contiguous()
         # Sums over many blocks: float32, so that bf16 does not lose the small ones.
         dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+        earlier: list[Tensor] = []
+        if before:
+            part, *earlier = _block_backward(g, q, before[0], before[1], out, lse, scale, causal=False)
+            dq += part
         for start, end, last in plan.full:
             parts = _block_backward(
                 g[:, :, end:last],
@@ -230,11 +263,11 @@ class _TreeAttention(torch.autograd.Function):
             flat = index[own]
             for total, part in zip((dq, dk, dv), parts, strict=True):
                 total[0, :, flat] += part.transpose(1, 2)[own].transpose(0, 1)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return None, None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *earlier
 
 
 def pack_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of every packed token over its ancestors and its own node's past. Shapes as in `block`."""
+    """Attention of every packed token over its ancestors in the pack and its own node's past. Shapes as in `block`."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full(q.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
     for index, own in plan.causal:

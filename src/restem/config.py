@@ -148,8 +148,8 @@ class ImproveConfig(Section):
     """Weight of a token in an optimiser step: "sum" = Eq. 1, tokens summed and examples averaged; "token-mean" = all target
     tokens weigh the same, scale independent of length (U1); "problem" = every solved problem weighs 1 (the exact M-step)."""
     pack_tokens: int | None = Field(None, ge=64)
-    """Most tokens computed at once in training; only memory and speed depend on it, never the gradient. None = 16 times what
-    the prompts share, from 1,024 to 4,096: a shared part is computed once per pack."""
+    """Most tokens computed at once in training, beside what all prompts share; only memory and speed depend on it, never the
+    gradient. None = 768; with parallel = "shard", where each pack computes the shared part again, up to 4,096."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of training (U1); "auto" = bfloat16 where the processor computes in it, else float32."""
     weights: Literal["float32", "bfloat16"] = "float32"

@@ -70,14 +70,17 @@ class Row:
 
 
 class Pace:
-    """How many rows to keep in flight: doubled while that makes the machine faster by more than a trifle, up to `most`."""
+    """How many rows to keep in flight: doubled while that makes the machine faster by more than a trifle, up to `most`.
+
+    `found`: more rows than the first were tried before, and were no faster; so memory does not grow from stage to stage.
+    """
 
     _STEPS = 6
 
-    def __init__(self, first: int, most: int) -> None:
-        self.rows, self.most = min(first, most), most
+    def __init__(self, first: int, most: int, *, found: bool = False) -> None:
+        self.rows, self.most, self.found = min(first, most), most, found
         self._best = (0.0, self.rows)
-        self._settled = self.rows == most
+        self._settled = found or self.rows == most
         self._seconds: list[float] = []
 
     def step(self, rows: int, seconds: float) -> None:
@@ -93,7 +96,7 @@ class Pace:
             self._settled = self.rows == self.most
             self.rows = min(2 * self.rows, self.most)
         else:
-            self._settled = True
+            self._settled = self.found = True
             self.rows = self._best[1]
 
 

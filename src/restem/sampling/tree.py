@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restem.attention import AttentionPlan, PackAttention, Rule, block, dense, merge, near, pack_attention
+from restem.attention import AttentionPlan, Capture, PackAttention
 from restem.compatibility import refuse_unsupported, tree_attention
 from restem.errors import RestemError
 from restem.memory import free_bytes, keep_freed_memory
@@ -47,6 +47,9 @@ class Prefix:
         question, to which its keys and values are copied."""
         return self.length if self.length >= BLOCK else 0
 
+    def by_layer(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {} if self.kv is None else {n: (k[None], v[None]) for n, (k, v) in enumerate(zip(*self.kv, strict=True))}
+
 
 class TreeSampler:
     """Draws samples of one model. See `restem.sampling.Sampler` for the contract of `sample`.
@@ -70,6 +73,7 @@ class TreeSampler:
         self._rows = rows
         self._prefix: tuple[tuple[int, ...], Prefix] | None = None
         self._first = rows or (128 if self.device.type == "cpu" else 256)  # rows to begin with; later what the pace found
+        self._found = False  # more are no faster
         self._stated = 0.0  # bytes that the user knows of
         self._packed = PackedLinears(model)
         # Fewer query rows than 16 in a product: float32 kernels may sum in another order.
@@ -92,7 +96,8 @@ class TreeSampler:
                     pace = self._pace(prompts, queue, prefix, decoding)
                     flight = Flight(self, prefix, prompts, queue, decoding, stream, pace)
                     yield from flight.run()
-                    self._first = max(self._first, pace.rows)
+                    if not self._found:
+                        self._first, self._found = max(self._first, pace.rows), pace.found
                     return
                 except RuntimeError as error:  # torch.OutOfMemoryError is one
                     self._rows = self._fewer_rows(error, 0 if flight is None else len(flight.rows))
@@ -108,13 +113,13 @@ class TreeSampler:
         tree = Tree(prefix.length)
         numbers = [tree.add(text) for text in texts]
         tree.add([0] * (-len(tree.tokens) % ROW_ALIGN))  # nobody's child: it only fills the rows
-        capture = _Capture(_Prefill(AttentionPlan.of(tree, self.device), prefix))
+        capture = Capture(PackAttention(AttentionPlan.of(tree, self.device), prefix.by_layer()))
         ids, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
         hidden = self.forward(ids, positions, capture)[0]
         nodes = [tree.nodes[number] for number in numbers]
         ends = [node.end - 1 for node in nodes]
         logits = logits_of(self.model, hidden[ends + [0] * (-len(ends) % ROW_ALIGN)])
-        kv = capture.kv()
+        kv = _stacked(capture)
         return [(kv.part(node.start, node.end), row) for node, row in zip(nodes, logits, strict=False)]
 
     def _compute_prefix(self, prompts: dict[str, tuple[int, ...]]) -> Prefix:
@@ -125,10 +130,10 @@ class TreeSampler:
             if ids:
                 tree = Tree()
                 tree.add(ids)
-                capture = _Capture(PackAttention(AttentionPlan.of(tree, self.device)))
+                capture = Capture(PackAttention(AttentionPlan.of(tree, self.device)))
                 tokens, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
                 self.forward(tokens, positions, capture)
-                kv = capture.kv()
+                kv = _stacked(capture)
                 apart = (kv.keys.transpose(-1, -2).contiguous(), kv.values) if len(ids) >= BLOCK else None
                 prefix = Prefix(len(ids), kv, apart)
             else:
@@ -163,7 +168,7 @@ class TreeSampler:
         if most * per_row > self._stated:
             self._stated = most * per_row
             self.say(text)
-        return Pace(self._rows or self._first, most)
+        return Pace(self._rows or self._first, most, found=self._found)
 
     def _bytes_per_token(self) -> int:
         config = self.model.config.get_text_config()
@@ -186,36 +191,6 @@ class TreeSampler:
         return rows // 2
 
 
-class _Capture:
-    """Keeps every layer's keys and values of a pass, around another attention."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-        self.layers[layer] = (k[0], v[0])
-        return self.inner.attend(layer, q, k, v, rule)  # type: ignore[no-any-return]
-
-    def kv(self) -> KV:
-        layers = [self.layers[layer] for layer in sorted(self.layers)]
-        return KV(torch.stack([keys for keys, _ in layers]), torch.stack([values for _, values in layers]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    """Questions in one pack, each on itself and all on the prefix."""
-
-    plan: AttentionPlan
-    prefix: Prefix
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-        if self.prefix.kv is None:
-            return PackAttention(self.plan).attend(layer, q, k, v, rule)
-        keys, values = self.prefix.kv.keys[layer][None], self.prefix.kv.values[layer][None]
-        if rule.is_plain(self.plan.reach):
-            own = pack_attention(q, k, v, self.plan, rule.scale)
-            return merge([own, block(q, keys, values, rule.scale, causal=False)])[0]
-        before = near(self.plan.position_T, torch.arange(self.prefix.length, device=q.device), rule.window)
-        seen = torch.cat([before, self.plan.visible(rule.window)], 1)
-        return dense(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), seen, rule)
+def _stacked(capture: Capture) -> KV:
+    keys, values = zip(*(capture.layers[layer] for layer in sorted(capture.layers)), strict=True)
+    return KV(torch.cat(keys), torch.cat(values))

@@ -86,6 +86,10 @@ def token_weights(examples: Sequence[Example], objective: str) -> list[float]:
     return [example.weight / total if total else 0.0 for example in examples]
 
 
+PACK_TOKENS = 768
+"""Enough rows for a matrix product to be as fast as it gets, and few enough for a laptop's memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pack:
     """A packed tree with its targets: token `targets[i]` is predicted at packed index `sources[i]`, with `weights[i]`."""
@@ -98,36 +102,45 @@ class Pack:
     """The examples, by their place among those that were packed, in the order of their targets."""
 
 
-def pack_budget(examples: Sequence[Example], settings: ImproveConfig) -> int:
-    """Tokens of a pack: the recipe's, or as many as what the prompts share makes worth their memory."""
+def pack_budget(examples: Sequence[Example], settings: ImproveConfig, *, is_apart: bool = True) -> int:
+    """Tokens of a pack behind what all prompts share: the recipe's, or enough to keep the machine busy. Where each pack holds
+    the shared part as well, as many as make computing it again worth their memory."""
     if settings.pack_tokens is not None:
         return settings.pack_tokens
-    return min(4096, max(1024, 16 * shared_length([example.prompt_ids for example in examples])))
+    return PACK_TOKENS if is_apart else min(4096, max(PACK_TOKENS, 6 * len(shared_prompt(examples))))
 
 
-def make_packs(examples: Sequence[Example], objective: str, budget: int) -> list[Pack]:
-    """Pack the examples of one step into trees of at most about `budget` tokens, as few as there can be and of like size: the
-    largest one decides how much memory a step takes. Loss and gradient do not depend on the budget."""
+def shared_prompt(examples: Sequence[Example]) -> tuple[int, ...]:
+    """What the prompts of all examples begin with."""
+    prompts = [example.prompt_ids for example in examples]
+    return prompts[0][: shared_length(prompts)] if prompts else ()
+
+
+def make_packs(examples: Sequence[Example], objective: str, budget: int, *, is_apart: bool = False) -> list[Pack]:
+    """Pack the examples of one step into trees of at most about `budget` tokens behind what all prompts share, as few trees as
+    there can be and of like size: the largest one decides how much memory a step takes. Loss and gradient do not depend on the
+    budget. `is_apart`: the shared part stands in no pack, and is computed by itself."""
     weights = token_weights(examples, objective)
-    shared = shared_length([example.prompt_ids for example in examples])
-    own = sum(len(prompt) - shared for prompt in {e.prompt_ids for e in examples}) + sum(
-        len(e.completion_ids) for e in examples
-    )
-    even = shared + own / math.ceil(own / max(1, budget - shared))
+    shared = shared_prompt(examples)
+    own = sum(len(prompt) - len(shared) for prompt in {e.prompt_ids for e in examples})
+    own += sum(len(e.completion_ids) for e in examples)
+    even = own / math.ceil(own / max(1, budget)) if own else 0
     packs: list[Pack] = []
     pack: Pack | None = None
-    problem, prompt = -1, None
+    size, prompt = 0, None
+    problem, root = -1, None
     for place, example in sorted(enumerate(examples), key=lambda pair: pair[1].prompt_ids):
-        size = len(pack.tree.tokens) if pack is not None else 0
         if pack is None or size >= even or size + len(example.completion_ids) > budget:
-            pack, prompt = Pack(Tree(), [], [], [], []), None
-            root = pack.tree.add(example.prompt_ids[:shared])
+            pack, size, prompt = Pack(Tree(len(shared) if is_apart else 0), [], [], [], []), 0, None
+            root = None if is_apart else pack.tree.add(shared)
             packs.append(pack)
+        before = len(pack.tree.tokens)
         if example.prompt_ids != prompt:
             prompt = example.prompt_ids
-            problem = pack.tree.add(prompt[shared:], root)
+            problem = pack.tree.add(prompt[len(shared) :], root)
         # The last target is predicted, never read: it needs no place in the tree.
         branch = pack.tree.add(example.completion_ids[:-1], problem)
+        size += len(pack.tree.tokens) - before
         start = pack.tree.nodes[branch].start
         pack.sources.extend([pack.tree.last_token(problem), *range(start, start + len(example.completion_ids) - 1)])
         pack.targets.extend(example.completion_ids)

@@ -26,8 +26,8 @@ from restem.config import ImproveConfig
 from restem.files import finish_directory
 from restem.models import load_model, load_tokenizer, save_model, storage_dtype
 from restem.training import Interval, checkpoints, lora
-from restem.training.batches import Pack, make_packs, pack_budget
-from restem.training.loss import PackLoss
+from restem.training.batches import Pack, make_packs, pack_budget, shared_prompt
+from restem.training.loss import PackLoss, SharedPrompt
 from restem.training.processes import Processes, layers, shard
 from restem.types import Example
 
@@ -77,11 +77,15 @@ class Session:
         with clock("pack"):
             packs = self.processes.share(self._packs(examples))
         with tree_attention(self.model):
+            with clock("forward"):
+                shared = SharedPrompt(self.loss, () if self.is_sharded or packs == [None] else shared_prompt(examples))
             for pack in packs:
                 if pack is not None:
-                    sums += self._pass(pack, clock)
+                    sums += self._pass(pack, shared, clock)
                 elif self.is_sharded:  # the others wait for this process's part of the weights
-                    self._pass(_weightless(examples), clock)
+                    self._pass(_weightless(examples), shared, clock)
+            with clock("backward"):
+                shared.backward()
         with clock("communicate"):
             self.processes.sum_gradients(self.model.parameters())
             loss, nll, targets = self.processes.sum(sums).tolist()
@@ -139,17 +143,18 @@ class Session:
         return {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
 
     def _packs(self, examples: Sequence[Example]) -> list[Pack]:
-        """The step's packs, enough of them for every process to have one."""
-        settings = self.settings
-        packs = make_packs(examples, settings.objective, pack_budget(examples, settings))
+        """The step's packs, enough of them for every process to have one. With sharded weights each holds the shared part of
+        the prompts: FSDP hands out the weights of one forward pass at a time."""
+        objective, is_apart = self.settings.objective, not self.is_sharded
+        packs = make_packs(examples, objective, pack_budget(examples, self.settings, is_apart=is_apart), is_apart=is_apart)
         if len(packs) < self.processes.count:
-            tokens = sum(len(pack.tree.tokens) for pack in packs)
-            packs = make_packs(examples, settings.objective, max(64, tokens // self.processes.count))
+            targets = sum(len(pack.targets) for pack in packs)
+            packs = make_packs(examples, objective, max(64, targets // self.processes.count), is_apart=is_apart)
         return packs
 
-    def _pass(self, pack: Pack, clock: _Clock) -> torch.Tensor:
+    def _pass(self, pack: Pack, shared: SharedPrompt, clock: _Clock) -> torch.Tensor:
         with clock("forward"):
-            losses = self.loss(pack)
+            losses = self.loss(pack, shared.before)
         with clock("backward"):
             losses.weighted.backward()
         counted = losses.nll_N[torch.tensor(pack.weights, device=losses.nll_N.device) > 0]

@@ -193,6 +193,19 @@ def test_gradient_checkpointing_computes_the_layers_again(tmp_path: Path) -> Non
     assert calls[1] == 2 * calls[0]
 
 
+def test_what_all_prompts_share_is_computed_once_however_many_packs_a_step_has(tmp_path: Path) -> None:
+    start = save(tiny(), tmp_path / "base")
+    examples = [Example(prompt_ids=(*range(2, 42), 50 + n, 60), completion_ids=(*range(70, 90), END)) for n in range(8)]
+    for pack_tokens in (64, 4096):
+        session, computed = open_session(start, pack_tokens=pack_tokens), []
+        session.model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, ids, seen=computed: seen.append(ids[0].numel())
+        )
+        session.step(examples, 1e-3)
+        assert sum(computed) == 40 + 8 * (2 + 20)  # the last target is never read
+        assert len(computed) == (5 if pack_tokens == 64 else 2)
+
+
 def open_session(start: str, **changes: Any) -> Session:
     return Session(
         start,

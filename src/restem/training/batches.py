@@ -86,10 +86,6 @@ def token_weights(examples: Sequence[Example], objective: str) -> list[float]:
     return [example.weight / total if total else 0.0 for example in examples]
 
 
-PACK_TOKENS = 768
-"""Enough rows for a matrix product to be as fast as it gets, and few enough for a laptop's memory."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pack:
     """A packed tree with its targets: token `targets[i]` is predicted at packed index `sources[i]`, with `weights[i]`."""
@@ -102,12 +98,13 @@ class Pack:
     """The examples, by their place among those that were packed, in the order of their targets."""
 
 
-def pack_budget(examples: Sequence[Example], settings: ImproveConfig, *, is_apart: bool = True) -> int:
-    """Tokens of a pack behind what all prompts share: the recipe's, or enough to keep the machine busy. Where each pack holds
-    the shared part as well, as many as make computing it again worth their memory."""
+def pack_budget(examples: Sequence[Example], settings: ImproveConfig, *, is_apart: bool = True, device: str = "cpu") -> int:
+    """Tokens of a pack behind what all prompts share: the recipe's, or enough for products to be as fast as they get, which
+    on a CPU are few. Where each pack holds the shared part as well, as many as make computing it again worth it."""
     if settings.pack_tokens is not None:
         return settings.pack_tokens
-    return PACK_TOKENS if is_apart else min(4096, max(PACK_TOKENS, 6 * len(shared_prompt(examples))))
+    enough = 768 if device == "cpu" else 4096
+    return enough if is_apart else min(4096, max(enough, 6 * len(shared_prompt(examples))))
 
 
 def shared_prompt(examples: Sequence[Example]) -> tuple[int, ...]:

@@ -146,7 +146,8 @@ class Session:
         """The step's packs, enough of them for every process to have one. With sharded weights each holds the shared part of
         the prompts: FSDP hands out the weights of one forward pass at a time."""
         objective, is_apart = self.settings.objective, not self.is_sharded
-        packs = make_packs(examples, objective, pack_budget(examples, self.settings, is_apart=is_apart), is_apart=is_apart)
+        budget = pack_budget(examples, self.settings, is_apart=is_apart, device=self.model.device.type)
+        packs = make_packs(examples, objective, budget, is_apart=is_apart)
         if len(packs) < self.processes.count:
             targets = sum(len(pack.targets) for pack in packs)
             packs = make_packs(examples, objective, max(64, targets // self.processes.count), is_apart=is_apart)

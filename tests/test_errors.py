@@ -260,7 +260,11 @@ def test_a_full_file_system_is_said_in_one_line_and_the_run_goes_on_later(quick:
 def test_ctrl_c_exits_130_and_the_run_goes_on_identically(quick: tuple[object, ...], tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "restem.cli", *map(str, quick), "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which tests that a shell runs in the background ignore, and so would it
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         deadline = time.monotonic() + 60
         while not (out / "iter-00" / "val" / "samples").is_dir():  # early: the whole run takes a second or two
             assert process.poll() is None and time.monotonic() < deadline

@@ -2,8 +2,8 @@
 
 For each node there is one causal block on itself and one full block of all its descendants on it; what precedes the roots, if
 its keys and values are at hand, is one more full block of the whole pack. Blocks are merged by log-sum-exp (as in Hydragen,
-arXiv 2402.05099). Layers with a sliding window shorter than the text, or with capped scores, are
-computed with a dense mask instead: right, and quadratic in the pack.
+arXiv 2402.05099). Layers with a sliding window shorter than the text, or with capped scores, are computed with a dense mask
+instead: right, and quadratic in the pack.
 
 Shapes: q is [1, H, T, D], k and v are [1, K, T, D] with K key-value heads; log-sum-exps are [1, H, T] in float32.
 """

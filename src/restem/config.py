@@ -149,7 +149,7 @@ class ImproveConfig(Section):
     tokens weigh the same, scale independent of length (U1); "problem" = every solved problem weighs 1 (the exact M-step)."""
     pack_tokens: int | None = Field(None, ge=64)
     """Most tokens computed at once in training, beside what all prompts share; only memory and speed depend on it, never the
-    gradient. None = 768 on a CPU, 4,096 on a GPU and where each pack computes a long shared part again (parallel = "shard")."""
+    gradient. None = 4,096 on a GPU, 768 on a CPU; there up to 4,096 with parallel = "shard", where packs repeat that part."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of training (U1); "auto" = bfloat16 where the processor computes in it, else float32."""
     weights: Literal["float32", "bfloat16"] = "float32"

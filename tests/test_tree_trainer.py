@@ -17,6 +17,7 @@ import transformers
 from safetensors import safe_open
 
 import tiny_models
+from cuda_rules import CudaRules
 from restem import models
 from restem.compatibility import tree_attention
 from restem.config import ImproveConfig, SelectConfig
@@ -204,6 +205,35 @@ def test_bfloat16_arithmetic_stays_near_the_float32_gradient(is_apart: bool) -> 
         _, rows = row_gradients(model, examples)
     _, found = tree_gradients(model, examples, is_apart=is_apart, dtype=torch.bfloat16)
     assert distance(found, exact) < 1.5 * distance(rows, exact)
+
+
+@apart
+@pytest.mark.parametrize("name", SERVED)
+def test_training_in_bfloat16_does_not_depend_on_a_devices_autocast_rules(name: str, is_apart: bool) -> None:
+    """On CUDA, autocast gives float32 for a softmax and much else, which a CPU computes in bfloat16: as near to float32."""
+    model, examples = tiny(name), TREES["uneven"]
+    _, exact = tree_gradients(model, examples, is_apart=is_apart)
+    _, here = tree_gradients(model, examples, is_apart=is_apart, dtype=torch.bfloat16)
+    with CudaRules():
+        _, there = tree_gradients(model, examples, is_apart=is_apart, dtype=torch.bfloat16)
+    assert distance(there, exact) < 1.2 * distance(here, exact)
+
+
+def test_an_output_layer_with_an_adapter_is_trained_as_rows_are() -> None:
+    """A layer that is no plain product: its parameters, and what lies below it, get their gradients."""
+    model = tiny()
+    before = torch.nn.Linear(48, 48, bias=False)
+    before.weight = torch.nn.Parameter(torch.eye(48) + 0.1 * torch.eye(48).roll(1, 0))
+    model.lm_head = torch.nn.Sequential(before, model.lm_head)
+    model.get_output_embeddings = lambda: model.lm_head
+    expected, found = row_gradients(model, TREES["uneven"]), tree_gradients(model, TREES["uneven"])
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert distance(found[1], expected[1]) < 1e-5
+    with CudaRules(), torch.autocast("cpu", dtype=torch.bfloat16):
+        _, rows = row_gradients(model, TREES["uneven"])
+    with CudaRules():
+        _, lower = tree_gradients(model, TREES["uneven"], dtype=torch.bfloat16)
+    assert distance(lower, expected[1]) < 1.5 * distance(rows, expected[1])
 
 
 @pytest.mark.parametrize("sure", [1.0, 8.0, 12.0])

@@ -200,24 +200,25 @@ def end_ids(model: Any, renderer: Renderer) -> frozenset[int]:
 
 def logits_of(model: Any, hidden: Any) -> Any:
     """Logits of last hidden states, scaled and capped as the model's own forward pass does."""
-    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        return logits / divisor
-    if factor := getattr(config, "logit_scale", None):  # Cohere
-        return logits * factor
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        return (logits / cap).tanh() * cap
-    return logits
+    return shape_logits(model, model.get_output_embeddings()(hidden))
 
 
-def is_plain_head(model: Any) -> bool:
-    """Whether `logits_of` is one product with a matrix, and nothing else."""
-    import torch
-
+def shape_logits(model: Any, raw: Any) -> Any:
+    """Logits from what the output layer gives: scaled and capped, number by number."""
     config = model.config.get_text_config()
-    extras = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-    head = model.get_output_embeddings()
-    return type(head) is torch.nn.Linear and head.bias is None and not any(getattr(config, name, None) for name in extras)
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        return raw / divisor
+    if factor := getattr(config, "logit_scale", None):  # Cohere
+        return raw * factor
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        return (raw / cap).tanh() * cap
+    return raw
+
+
+def shapes_logits(model: Any) -> bool:
+    """Whether `shape_logits` changes anything."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
 
 
 def compute_dtype(choice: str, device: str) -> Any:

@@ -1,7 +1,6 @@
 """The loss of a packed tree: the weighted negative log-likelihood of its targets, and how likely a model finds examples.
 
-Logits exist for a few hundred targets at a time, never for the pack: with a vocabulary of 49,000 tokens those of 4,096 targets
-would take 800 MB. Their gradients are computed in the forward pass, so that nothing is computed twice.
+What the output layer makes of the hidden states is in `restem.training.head`.
 """
 
 from __future__ import annotations
@@ -15,13 +14,10 @@ from torch import Tensor, nn
 
 from restem.attention import AttentionPlan, Before, Capture, PackAttention
 from restem.compatibility import tree_attention
-from restem.models import is_plain_head, logits_of
-from restem.sampling.decoding import log_normaliser
 from restem.training.batches import Pack, make_packs, shared_prompt
+from restem.training.head import head_loss
 from restem.tree import Tree
 from restem.types import Example
-
-_CHUNK = 512  # targets whose logits are in memory at once
 
 
 class Losses(NamedTuple):
@@ -50,14 +46,19 @@ class PackLoss(nn.Module):
         with self.arithmetic():
             attends = PackAttention(AttentionPlan.of(pack.tree, device), before)
             hidden = self.hidden(pack.tree, attends)[torch.tensor(pack.sources, device=device)]
-            targets = torch.tensor(pack.targets, device=device)
-            weights = torch.tensor(pack.weights, dtype=torch.float32, device=device)
-            head = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
-            return Losses(*_ChunkedLoss.apply(self.model, hidden, targets, weights, *head))  # type: ignore[no-untyped-call]
+        targets = torch.tensor(pack.targets, device=device)
+        weights = torch.tensor(pack.weights, dtype=torch.float32, device=device)
+        return Losses(*head_loss(self.model, hidden, targets, weights, self.products))
+
+    @property
+    def products(self) -> torch.dtype:
+        """The number format of matrix products: `dtype`, where the weights are not in a lower one."""
+        lower = self.dtype == torch.bfloat16 and self.model.dtype == torch.float32
+        return torch.bfloat16 if lower else self.model.dtype
 
     def arithmetic(self) -> torch.autocast:
         """A context in which the model computes in `dtype`."""
-        lower = self.dtype == torch.bfloat16 and self.model.dtype == torch.float32
+        lower = self.products != self.model.dtype
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=lower)
 
     def hidden(self, tree: Tree, attends: PackAttention | Capture) -> Tensor:
@@ -98,74 +99,6 @@ class SharedPrompt:
 
 def _leaf(computed: Tensor) -> Tensor:
     return computed.detach().requires_grad_(computed.requires_grad)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Sum of weights times cross-entropy, chunk by chunk, with the gradients of the hidden states and the output layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, model: Any, hidden_NH: Tensor, targets_N: Tensor, weights_N: Tensor, *head: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4:])
-        if wanted and len(head) == 1 and is_plain_head(model):
-            lower = torch.is_autocast_enabled(hidden_NH.device.type)
-            dtype = torch.bfloat16 if lower else head[0].dtype
-            ctx.gradients, nll_N = _of_plain_head(head[0], hidden_NH.to(dtype), targets_N, weights_N)
-            ctx.mark_non_differentiable(nll_N)
-            return (nll_N * weights_N).sum(), nll_N
-        losses, gradients = [], []
-        sums = [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in head] if wanted else []
-        for hidden, targets, weights in zip(*(x.split(_CHUNK) for x in (hidden_NH, targets_N, weights_N)), strict=True):
-            with torch.set_grad_enabled(wanted):
-                hidden = hidden.detach().requires_grad_(wanted)
-                nll = nn.functional.cross_entropy(logits_of(model, hidden).float(), targets, reduction="none")
-                if wanted:
-                    first, *rest = torch.autograd.grad((nll * weights).sum(), [hidden, *head])
-                    gradients.append(first)
-                    for total, part in zip(sums, rest, strict=True):
-                        total += part
-            losses.append(nll.detach())
-        ctx.gradients = (torch.cat(gradients), *sums) if wanted else ()
-        nll_N = torch.cat(losses)
-        ctx.mark_non_differentiable(nll_N)
-        return (nll_N * weights_N).sum(), nll_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *head = (gradient.mul_(grads[0]) for gradient in ctx.gradients)
-        ctx.gradients = ()
-        return None, hidden, None, None, *head
-
-
-def _of_plain_head(
-    head_VH: Tensor, hidden_NH: Tensor, targets_N: Tensor, weights_N: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Gradients and losses of an output layer that is one product: softmax minus one-hot, without a second copy of the logits.
-
-    Products are in the number format of the hidden states. The loss is computed in float32, and sums over chunks are, too.
-    """
-    weight_VH, total_VH = head_VH.to(hidden_NH.dtype), torch.zeros_like(head_VH, dtype=torch.float32)
-    buffer = hidden_NH.new_empty(min(_CHUNK, len(hidden_NH)), len(head_VH))
-    gradients, losses = [], []
-    for hidden, targets, weights in zip(*(x.split(_CHUNK) for x in (hidden_NH, targets_N, weights_N)), strict=True):
-        logits = torch.mm(hidden, weight_VH.T, out=buffer[: len(hidden)])
-        normaliser = log_normaliser(logits)
-        losses.append(normaliser - logits.gather(1, targets[:, None])[:, 0].float())
-        if logits.dtype == torch.float32:
-            slope = logits.sub_((normaliser - weights.log())[:, None]).exp_()
-        else:  # a difference of two bfloat16 numbers is good for no exponential
-            slope = torch.softmax(logits, -1).mul_(weights[:, None].to(logits.dtype))
-        # p - 1 of the target, from its loss: in bfloat16 the difference would vanish where the model is sure, as it is of what
-        # it has sampled itself.
-        of_targets = (weights * torch.expm1(-losses[-1])).to(slope.dtype)
-        slope[torch.arange(len(targets), device=slope.device), targets] = of_targets
-        gradients.append(slope @ weight_VH)
-        if slope.dtype == torch.float32:
-            total_VH.addmm_(slope.T, hidden)
-        else:
-            total_VH += slope.T @ hidden
-    return (torch.cat(gradients), total_VH), torch.cat(losses)
 
 
 @torch.no_grad()

@@ -167,6 +167,31 @@ def test_attention_and_its_gradients_over_a_trie_equal_a_dense_softmax(rule: Rul
         assert distance(one.grad, other.grad) < 1e-5
 
 
+def test_sizes_that_differ_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as on a GPU, for a plain layer and one with window and cap; then other trees, other lengths."""
+    import torch.nn.attention.flex_attention as module
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
+    counter = CompileCounterWithBackend("aot_eager")
+    kernel = attention_flex.compiled(counter)
+    monkeypatch.setattr(attention_flex, "_kernel", lambda: kernel)
+    rules = (Rule(0.25), Rule(0.25, window=24, softcap=2.0))
+    chance, counts = torch.Generator().manual_seed(1), []
+    for seed, nodes, longest, before in ((1, 20, 30, 70), (2, 40, 60, 200), (3, 3, 20, 130), (4, 9, 300, 10)):
+        tree = random_trie(random.Random(seed), nodes, longest, before)
+        for rule in rules:
+            q, k, v = (torch.randn(1, heads, len(tree.tokens), 16, generator=chance).requires_grad_() for heads in (4, 2, 2))
+            front = (torch.randn(1, 2, before, 16), torch.randn(1, 2, before, 16))
+            pack, gradients = PackAttention(AttentionPlan.of(tree), {0: front}), []
+            for found in (pack.attend(0, q, k, v, rule), pack._dense(q, k, v, front, rule)):
+                gradients.append(torch.cat([x.flatten() for x in torch.autograd.grad(found.sin().sum(), (q, k, v))]))
+            assert distance(gradients[0], gradients[1]) < 1e-5
+        counts.append(counter.frame_count)
+    # Sizes that happen to be equal are taken for one, once: so the second tree may compile again, and no later one.
+    assert counts[1:] == [counts[1]] * 3
+
+
 def test_a_device_where_it_fails_is_served_by_a_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU without Triton, or with one that does not work: right all the same."""
     monkeypatch.undo()

@@ -16,8 +16,17 @@ from torch import Tensor
 
 from restem import attention_blocks, attention_flex
 from restem.attention_plan import AttentionPlan, Rule
+from restem.tree import Tree
 
-__all__ = ["AttentionPlan", "Before", "Capture", "PackAttention", "Rule", "dense"]
+__all__ = ["AttentionPlan", "Before", "Capture", "PackAttention", "Rule", "dense", "planned"]
+
+
+def planned(tree: Tree, device: torch.device) -> AttentionPlan:
+    """The plan of a tree, which is filled up first to the sizes that a device computes in, so that no layer need copy for it."""
+    if attention_flex.serves(device):
+        tree.fill(attention_flex.BLOCK)
+    return AttentionPlan.of(tree, device)
+
 
 Before = tuple[Tensor, Tensor]
 """Keys and values [1, K, P, D] of P tokens that stand before the roots of a pack."""

@@ -74,14 +74,19 @@ def _filled(x: Tensor, size: int) -> Tensor:
 
 @cache
 def _kernel() -> Callable[..., Any]:
+    return compiled("inductor")
+
+
+def compiled(backend: Any) -> Callable[..., Any]:
+    """FlexAttention, compiled by a backend of torch.compile."""
     from torch.nn.attention.flex_attention import flex_attention
 
     settings = torch._dynamo.config
     for name in ("recompile_limit", "cache_size_limit"):  # one, or the other, by the version of torch
-        if hasattr(settings, name):  # kinds of layers x number formats x with and without gradients
+        if hasattr(settings, name):  # kinds of layers x number formats x gradients or none: beyond it, nothing is compiled
             setattr(settings, name, max(64, getattr(settings, name)))
             break
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, backend=backend)
 
 
 @cache

@@ -57,6 +57,11 @@ class Tree:
             ancestor = self._parents[ancestor]
         return len(self._nodes) - 1
 
+    def fill(self, multiple: int) -> None:
+        """Fill up to a multiple of so many tokens, with nobody's children: they change nothing but the sizes of products."""
+        if missing := -len(self.tokens) % multiple:
+            self.add([0] * missing)
+
     def end_position(self, node: int | None) -> int:
         """The text position right behind a node: where its children start."""
         while node is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from restem.attention import AttentionPlan, Before, Capture, PackAttention
+from restem.attention import Before, Capture, PackAttention, planned
 from restem.compatibility import tree_attention
 from restem.training.batches import Pack, make_packs, shared_prompt
 from restem.training.head import head_loss
@@ -44,7 +44,7 @@ class PackLoss(nn.Module):
         """`before`: what precedes a pack whose prompts' common beginning stands apart (`SharedPrompt`)."""
         device = self.model.device
         with self.arithmetic():
-            attends = PackAttention(AttentionPlan.of(pack.tree, device), before)
+            attends = PackAttention(planned(pack.tree, device), before)
             hidden = self.hidden(pack.tree, attends)[torch.tensor(pack.sources, device=device)]
         targets = torch.tensor(pack.targets, device=device)
         weights = torch.tensor(pack.weights, dtype=torch.float32, device=device)
@@ -82,11 +82,11 @@ class SharedPrompt:
             return
         tree = Tree()
         tree.add(tokens)
-        capture = Capture(PackAttention(AttentionPlan.of(tree, loss.model.device)))
+        capture = Capture(PackAttention(planned(tree, loss.model.device)))
         with loss.arithmetic():
             loss.hidden(tree, capture)
         for layer, pair in capture.layers.items():
-            keys, values = (x.float() for x in pair)  # the gradients of many packs are summed there
+            keys, values = (x[:, :, : len(tokens)].float() for x in pair)  # the gradients of many packs are summed there
             self._computed += [keys, values]
             self.before[layer] = _leaf(keys), _leaf(values)
 
@@ -111,7 +111,8 @@ def log_likelihoods(model: Any, examples: Sequence[Example], *, budget: int = 40
     with tree_attention(model):
         shared = SharedPrompt(loss, shared_prompt(examples))
         for pack in make_packs(examples, "sum", budget, is_apart=True):
-            parts = loss(pack, shared.before).nll_N.split([len(examples[place].completion_ids) for place in pack.order])
+            lengths = [len(examples[place].completion_ids) for place in pack.order]
+            parts = loss(pack, shared.before).nll_N.cpu().double().split(lengths)
             for place, nll in zip(pack.order, parts, strict=True):
-                found[place] = -float(nll.double().sum())
+                found[place] = -float(nll.sum())
     return found

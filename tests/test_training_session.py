@@ -22,7 +22,8 @@ from restem.compatibility import own_logits
 from restem.errors import RestemError
 from restem.sampling import Decoding, Owed, TreeSampler
 from restem.training import Interval, TreeTrainer, checkpoints, lora
-from restem.training.batches import plan_steps
+from restem.training.batches import make_packs, plan_steps
+from restem.training.budget import fitting
 from restem.training.loss import log_likelihoods
 from restem.training.processes import Processes
 from restem.training.session import Session
@@ -216,6 +217,68 @@ def open_session(start: str, **changes: Any) -> Session:
         processes=Processes(),
         stream="s",
     )
+
+
+def out_of_memory_above(session: Session, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no pack of more tokens found its memory."""
+    own = type(session.loss).forward
+
+    def forward(self: Any, pack: Any, *rest: Any) -> Any:
+        if len(pack.tree.tokens) > tokens:
+            raise torch.OutOfMemoryError(f"tried to allocate {len(pack.tree.tokens)} tokens")
+        return own(self, pack, *rest)
+
+    monkeypatch.setattr(type(session.loss), "forward", forward)
+
+
+def test_when_memory_runs_out_packs_are_halved_and_no_step_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and weights as with enough of it, and one line says so."""
+    start, examples = save(tiny(), tmp_path / "base"), random_tree(branches=(4, 2, 5, 1), longest=60, seed=3)
+    whole, said = open_session(start, pack_tokens=4096), list[str]()
+    expected = [whole.step(examples, 1e-3)["loss"] for _ in range(3)]
+    session = open_session(start, pack_tokens=4096)
+    session.say = said.append
+    out_of_memory_above(session, 130, monkeypatch)
+    assert [session.step(examples, 1e-3)["loss"] for _ in range(3)] == pytest.approx(expected, rel=1e-5)
+    size = len(make_packs(examples, "sum", 4096, is_apart=True)[0].tree.tokens)
+    assert 260 < size < 520
+    assert said[0] == f"out of memory in training with packs of {size} tokens; going on with {size // 2}"
+    assert len(said) == 2  # the later steps begin where the first one ended
+    assert distance(session.model.lm_head.weight, whole.model.lm_head.weight) < 1e-4
+
+
+def test_memory_for_not_even_a_small_pack_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(save(tiny(), tmp_path / "base"))
+    out_of_memory_above(session, 0, monkeypatch)
+    with pytest.raises(RestemError, match=r"not enough to train on packs of \d+ tokens\. Set improve\.gradient_checkpointing"):
+        session.step(SOME, 1e-3)
+
+
+def test_an_error_that_is_not_about_memory_goes_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(save(tiny(), tmp_path / "base"))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a matrix is not square")
+
+    monkeypatch.setattr(type(session.loss), "forward", broken)
+    with pytest.raises(RuntimeError, match="not square"):
+        session.step(SOME, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("largest", "bytes_of_pack", "free", "expected"),
+    [
+        (4000, 4 << 30, 64 << 30, 16384),  # four fifths of 64 GiB hold 51,200
+        (4096, 4 << 30, 1 << 30, 4096),  # not one more fits beside
+        (4096, 4 << 30, 10 << 30, 8192),  # two of them in 8 GiB
+        (2048, 4 << 30, 10 << 30, 4096),
+    ],
+)
+def test_the_first_step_says_how_large_packs_may_be(largest: int, bytes_of_pack: int, free: int, expected: int) -> None:
+    """Four fifths of the free memory, in whole thousands of tokens; never fewer than were tried, nor more than are of use."""
+    assert fitting(largest, bytes_of_pack, free) == expected
 
 
 def test_pure_bfloat16_keeps_weights_and_optimiser_in_bfloat16_and_learns(tmp_path: Path) -> None:

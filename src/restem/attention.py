@@ -22,7 +22,7 @@ __all__ = ["AttentionPlan", "Before", "Capture", "PackAttention", "Rule", "dense
 
 
 def planned(tree: Tree, device: torch.device) -> AttentionPlan:
-    """The plan of a tree, which is filled up first to the sizes that a device computes in, so that no layer need copy for it."""
+    """The plan of a tree. It is filled up first to the sizes that the device computes in, so that no layer need copy for it."""
     if attention_flex.serves(device):
         tree.fill(attention_flex.BLOCK)
     return AttentionPlan.of(tree, device)

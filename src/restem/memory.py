@@ -28,6 +28,14 @@ def free_bytes(device: torch.device) -> int:
     return max(0, free)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory ran out, on whatever device."""
+    import torch
+
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory of up to 32 MB a piece for the next tensor, where it is glibc.
 

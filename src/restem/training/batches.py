@@ -99,8 +99,8 @@ class Pack:
 
 
 def pack_budget(examples: Sequence[Example], settings: ImproveConfig, *, is_apart: bool = True, device: str = "cpu") -> int:
-    """Tokens of a pack behind what all prompts share: the recipe's, or enough for products to be as fast as they get, which
-    on a CPU are few. Where each pack holds the shared part as well, as many as make computing it again worth it."""
+    """Tokens of a pack behind what all prompts share, to begin with: the recipe's, or enough for products to be as fast as they
+    get, which on a CPU are few. Where each pack holds the shared part as well, as many as make computing it again worth it."""
     if settings.pack_tokens is not None:
         return settings.pack_tokens
     enough = 768 if device == "cpu" else 4096

@@ -10,24 +10,25 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from restem.compatibility import refuse_unsupported, tree_attention
 from restem.config import ImproveConfig
 from restem.files import finish_directory
+from restem.memory import is_out_of_memory
 from restem.models import load_model, load_tokenizer, save_model, storage_dtype
 from restem.training import Interval, checkpoints, lora
-from restem.training.batches import Pack, make_packs, pack_budget, shared_prompt
-from restem.training.loss import PackLoss, SharedPrompt
+from restem.training.batches import Pack, make_packs, shared_prompt
+from restem.training.budget import PackBudget
+from restem.training.clock import Clock
+from restem.training.loss import Losses, PackLoss, SharedPrompt
 from restem.training.processes import Processes, layers, shard
 from restem.types import Example
 
@@ -45,8 +46,9 @@ class Session:
         trust_remote_code: bool,
         processes: Processes,
         stream: str,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.settings, self.processes = settings, processes
+        self.settings, self.processes, self.say = settings, processes, say
         self.storage = storage_dtype(start)
         weights = getattr(torch, settings.weights)
         self.model = load_model(start, dtype=weights, device=processes.device(device), trust_remote_code=trust_remote_code)
@@ -56,6 +58,7 @@ class Session:
         if settings.gradient_checkpointing:
             _recompute(self.model)
         self.loss = PackLoss(self.model, dtype)
+        self.budget = PackBudget(settings, self.model.device)
         self.is_sharded = processes.count > 1 and settings.parallel == "shard"
         if self.is_sharded:
             shard(self.loss, self.model)
@@ -68,24 +71,15 @@ class Session:
         )
 
     def step(self, examples: Sequence[Example], learning_rate: float) -> dict[str, Any]:
-        """One optimiser step; returns its metrics. If the loss or the gradient is not finite, no weight is changed."""
-        clock = _Clock(self.model.device)
+        """One optimiser step; returns its metrics. If the loss or the gradient is not finite, no weight is changed.
+
+        If memory runs out in a pass, the step begins again with smaller packs.
+        """
+        clock = Clock(self.model.device)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
-        self.optimiser.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, negative log-likelihood, target tokens
-        with clock("pack"):
-            packs = self.processes.share(self._packs(examples))
-        with tree_attention(self.model):
-            with clock("forward"):
-                shared = SharedPrompt(self.loss, () if self.is_sharded or packs == [None] else shared_prompt(examples))
-            for pack in packs:
-                if pack is not None:
-                    sums += self._pass(pack, shared, clock)
-                elif self.is_sharded:  # the others wait for this process's part of the weights
-                    self._pass(_weightless(examples), shared, clock)
-            with clock("backward"):
-                shared.backward()
+        while (sums := self._try_gradient(examples, clock)) is None:
+            pass
         with clock("communicate"):
             self.processes.sum_gradients(self.model.parameters())
             loss, nll, targets = self.processes.sum(sums).tolist()
@@ -93,6 +87,7 @@ class Session:
             norm = float(checkpoints.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)))
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimiser.step()
+        self.budget.stepped()
         return {
             "loss": loss,
             "target_logprob": -nll / max(1.0, targets),  # a step of rewards that are all 0 has none
@@ -100,9 +95,55 @@ class Session:
             "learning_rate": learning_rate,
             "examples": len(examples),
             "target_tokens": int(targets),
+            "pack_tokens": self.budget.tokens,
+            "parts": clock.seconds(),
             "seconds": clock.total(),
-            "parts": clock.seconds,
         }
+
+    def _try_gradient(self, examples: Sequence[Example], clock: Clock) -> Tensor | None:
+        """The gradient of a step, in the parameters, and its sums over this process's packs: loss, negative log-likelihood,
+        target tokens. None if memory ran out: the packs are smaller the next time."""
+        self.optimiser.zero_grad(set_to_none=True)
+        size, sums, failed = self.budget.of(examples, is_apart=not self.is_sharded), None, False
+        with clock("pack"):
+            packs = self._packs(examples, size)
+        try:
+            sums = self._gradient(examples, packs, clock)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.is_sharded:  # the others wait in a pass that this one has left
+                raise
+            failed = True
+        if self.processes.sum(torch.tensor(float(failed))) == 0:
+            return sums
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        size = min(size, max(len(pack.tree.tokens) for pack in packs))
+        self.budget.halve(size)
+        self.say(f"out of memory in training with packs of {size} tokens; going on with {size // 2}")
+        return None
+
+    def _gradient(self, examples: Sequence[Example], all_packs: list[Pack], clock: Clock) -> Tensor:
+        done: list[tuple[Pack, Losses]] = []
+        packs = self.processes.share(all_packs)
+        self.budget.begin()
+        with tree_attention(self.model):
+            with clock("forward"):
+                shared = SharedPrompt(self.loss, () if self.is_sharded or packs == [None] else shared_prompt(examples))
+            for pack in packs:
+                if pack is None and not self.is_sharded:
+                    continue
+                # Where weights are spread, the others wait for this process's part of them.
+                pack = _weightless(examples) if pack is None else pack
+                with clock("forward"):
+                    losses = self.loss(pack, shared.before)
+                with clock("backward"):
+                    losses.weighted.backward()
+                done.append((pack, Losses(losses.weighted.detach(), losses.nll_N)))
+            with clock("backward"):
+                shared.backward()
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.budget.passed(max((len(pack.tree.tokens) for pack, _ in done), default=1), gradients)
+        return _sums(done)
 
     def is_finite(self) -> bool:
         """Whether all weights are. A step with a finite gradient can still overflow them."""
@@ -142,42 +183,24 @@ class Session:
     def _by_name(self) -> dict[str, Any]:
         return {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
 
-    def _packs(self, examples: Sequence[Example]) -> list[Pack]:
+    def _packs(self, examples: Sequence[Example], size: int) -> list[Pack]:
         """The step's packs, enough of them for every process to have one. With sharded weights each holds the shared part of
         the prompts: FSDP hands out the weights of one forward pass at a time."""
         objective, is_apart = self.settings.objective, not self.is_sharded
-        budget = pack_budget(examples, self.settings, is_apart=is_apart, device=self.model.device.type)
-        packs = make_packs(examples, objective, budget, is_apart=is_apart)
+        packs = make_packs(examples, objective, size, is_apart=is_apart)
         if len(packs) < self.processes.count:
             targets = sum(len(pack.targets) for pack in packs)
             packs = make_packs(examples, objective, max(64, targets // self.processes.count), is_apart=is_apart)
         return packs
 
-    def _pass(self, pack: Pack, shared: SharedPrompt, clock: _Clock) -> torch.Tensor:
-        with clock("forward"):
-            losses = self.loss(pack, shared.before)
-        with clock("backward"):
-            losses.weighted.backward()
-        counted = losses.nll_N[torch.tensor(pack.weights, device=losses.nll_N.device) > 0]
-        return torch.tensor([losses.weighted.item(), counted.double().sum().item(), len(counted)], dtype=torch.float64)
 
-
-class _Clock:
-    """Seconds spent in the parts of a step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.began, self.seconds = device, time.perf_counter(), dict[str, float]()
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
-
-    def total(self) -> float:
-        return time.perf_counter() - self.began
+def _sums(done: Sequence[tuple[Pack, Losses]]) -> Tensor:
+    """Loss, negative log-likelihood of the targets that count, and their number: read from the device in one copy."""
+    if not done:
+        return torch.zeros(3, dtype=torch.float64)
+    found = torch.cat([*(losses.weighted[None] for _, losses in done), *(losses.nll_N for _, losses in done)]).cpu().double()
+    counted = torch.tensor([weight for pack, _ in done for weight in pack.weights]) > 0
+    return torch.stack([found[: len(done)].sum(), found[len(done) :][counted].sum(), counted.sum().double()])
 
 
 def _weightless(examples: Sequence[Example]) -> Pack:

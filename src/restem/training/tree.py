@@ -75,10 +75,12 @@ class TreeTrainer:
             trust_remote_code=self.trust_remote_code,
             processes=self.processes,
             stream=stream,
+            say=self.say,
         )
         first, history = self.processes.tell(checkpoints.newest(directory)), []
         if first:
             history = checkpoints.restore(directory, first, session.model, session.optimiser)
+            session.budget.go_on_with(history[-1].get("pack_tokens"))
         else:
             intervals = sum(step.interval is not None for step in steps)
             checkpoints.check_disk(directory, session.model, intervals, session.storage)

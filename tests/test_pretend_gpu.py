@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import restem.attention
 import tiny_models
+from plain_flex import flex_as_one_launch
 from pretend_gpu import PretendTensor, pretend_gpu
 from restem.compatibility import tree_attention
 from restem.sampling import Decoding, Owed, TreeSampler
@@ -95,13 +95,13 @@ def test_one_function_can_count_as_one_kernel() -> None:
     expected = train(tiny_models.tiny())
     with pretend_gpu() as gpu:
         model = gpu.place(tiny_models.tiny())
-        with gpu.counting() as counts, gpu.one_launch(restem.attention._TreeAttention, "apply"):
+        with gpu.counting() as counts, flex_as_one_launch(gpu):
             found = train(model)
         packs = len(make_packs(SOME, "sum", 64, is_apart=True))
         layers = model.config.num_hidden_layers
-        assert counts.launches["apply"] == (packs + 1) * layers
+        assert counts.launches["attention"] == (packs + 1) * layers
         # Nothing reads what the last layer makes of the shared prompt; its keys and values do not pass here.
-        assert counts.launches["apply backward"] == (packs + 1) * layers - 1
+        assert counts.launches["attention backward"] == (packs + 1) * layers - 1
         assert distance(found, expected) < 2e-5
 
 

@@ -24,7 +24,7 @@ from restem.config import ImproveConfig
 from restem.files import finish_directory
 from restem.memory import is_out_of_memory
 from restem.models import load_model, load_tokenizer, save_model, storage_dtype
-from restem.training import Interval, checkpoints, lora
+from restem.training import Interval, checkpoints, fused, lora
 from restem.training.batches import Pack, make_packs, shared_prompt
 from restem.training.budget import PackBudget
 from restem.training.clock import Clock
@@ -144,6 +144,11 @@ class Session:
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self.budget.passed(max((len(pack.tree.tokens) for pack, _ in done), default=1), gradients)
         return _sums(done)
+
+    def compile_if_worth(self, seconds_left: float) -> None:
+        """With so much left to train on a GPU, try whether its layers are faster compiled; says what came of it."""
+        if self.model.device.type == "cuda" and not self.is_sharded and seconds_left > fused.WORTH_SECONDS:
+            self.say(fused.fuse(self.model, self.loss.arithmetic))
 
     def is_finite(self) -> bool:
         """Whether all weights are. A step with a finite gradient can still overflow them."""

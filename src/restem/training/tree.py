@@ -25,6 +25,8 @@ from restem.training.processes import Processes
 from restem.training.session import Session
 from restem.types import Example
 
+_WARM_STEPS = 3  # after so many, a step takes what all further ones will
+
 
 class TreeTrainer:
     """See `restem.training.Trainer` for the contract. `report(done, total, metrics)` is called after every step.
@@ -93,6 +95,8 @@ class TreeTrainer:
             self._check(session, number, metrics, ends_interval=step.interval is not None)
             history.append(metrics)
             self.report(number, len(steps), metrics)
+            if number == first + _WARM_STEPS:
+                session.compile_if_worth(metrics["seconds"] * (len(steps) - number))
             is_due = time.monotonic() - written >= 60 * self.settings.checkpoint_minutes
             if number < len(steps) and (step.interval is not None or self.processes.tell(is_due)):
                 is_main = self.processes.is_main

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from restem import attention_flex
+from restem import attention, attention_flex
 from restem.attention import AttentionPlan, PackAttention, Rule
 from restem.attention_flex import BLOCK, blocks_of, whole_blocks
 from restem.tree import Tree
@@ -72,10 +72,12 @@ def test_packs_of_many_blocks_equal_row_training(is_apart: bool) -> None:
     assert distance(found[1], expected[1]) < 1e-5
 
 
-def test_greedy_completions_behind_prompts_computed_so_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_completions_behind_prompts_computed_so_are_the_same(flex: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     stage = problems(5)
+    monkeypatch.setattr(attention, "_DENSE_TOKENS", 0)  # as if they were long
     for name in ("llama", "gemma2"):
         found = tokens(draw(tiny(name), few_shot(), stage, owe(stage, 1), GREEDY))
+        assert flex[0]
         with monkeypatch.context() as patch:
             patch.setattr(attention_flex, "serves", lambda device: False)
             assert found == tokens(draw(tiny(name), few_shot(), stage, owe(stage, 1), GREEDY))

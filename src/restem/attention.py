@@ -1,7 +1,8 @@
 """Attention over a tree: exact, forward and backward, for training and for computing prompts.
 
 On a CPU it is computed in blocks, without a mask (`restem.attention_blocks`); on a GPU by FlexAttention
-(`restem.attention_flex`). What neither serves is computed with a dense mask: right, and quadratic in the pack.
+(`restem.attention_flex`). What neither serves, and prompts on a GPU, are computed with a dense mask: right, and quadratic in the
+pack.
 
 Shapes: q is [1, H, T, D], k and v are [1, K, T, D] with K key-value heads; log-sum-exps are [1, H, T] in float32.
 """
@@ -17,6 +18,9 @@ from torch import Tensor
 from restem import attention_blocks, attention_flex
 from restem.attention_plan import AttentionPlan, Rule
 from restem.tree import Tree
+
+_DENSE_TOKENS = 8192
+"""Without gradients, a mask of so many tokens squared costs less than compiling a kernel for them."""
 
 __all__ = ["AttentionPlan", "Before", "Capture", "PackAttention", "Rule", "dense", "planned"]
 
@@ -44,7 +48,7 @@ class PackAttention:
         rule = rule.within(self.plan.reach)
         # Number formats are chosen here: what autocast does to scores differs from device to device.
         with torch.autocast(q.device.type, enabled=False):
-            if attention_flex.serves(q.device):
+            if attention_flex.serves(q.device) and (torch.is_grad_enabled() or q.shape[2] > _DENSE_TOKENS):
                 return attention_flex.attend(self.plan, q, k, v, before, rule)
             if q.device.type != "cpu":
                 return self._dense(q, k, v, before, rule)

@@ -1,8 +1,8 @@
 """Attention over a tree: exact, forward and backward, for training and for computing prompts.
 
 On a CPU it is computed in blocks, without a mask (`restem.attention_blocks`); on a GPU by FlexAttention
-(`restem.attention_flex`). What neither serves, and prompts on a GPU, are computed with a dense mask: right, and quadratic in the
-pack.
+(`restem.attention_flex`). What neither serves is computed with a dense mask, and so are prompts on a GPU: right, and quadratic
+in the pack.
 
 Shapes: q is [1, H, T, D], k and v are [1, K, T, D] with K key-value heads; log-sum-exps are [1, H, T] in float32.
 """

@@ -63,8 +63,8 @@ class HFBackend:
         from restem import models
 
         self.recipe, self.say = recipe, say
+        self.device = models.pick_device(recipe.model.device)  # first: a model may have to be fetched
         self.base = models.locate(recipe.model.base, say=say)
-        self.device = models.pick_device(recipe.model.device)
         self.dtype = models.compute_dtype(recipe.model.dtype, self.device)
         tokenizer = models.load_tokenizer(self.base, trust_remote_code=recipe.model.trust_remote_code)
         self.renderer: Renderer = Renderer(prompt, tokenizer)
@@ -108,7 +108,7 @@ class HFBackend:
                 if engine.sampler == "tree" or (self.recipe.iterations and engine.trainer in ("auto", "tree")):
                     raise  # what cannot be trained need not be sampled first
                 self.say(f"warning: {error} It is sampled with transformers' `generate`, which is many times slower.")
-        return GenerateSampler(model, renderer, rows=engine.rows)
+        return GenerateSampler(model, renderer, rows=engine.rows, say=self.say)
 
     def open_trainer(self, report: Report) -> Trainer:
         from restem import models
@@ -120,7 +120,7 @@ class HFBackend:
         self._trainer = make(
             settings,
             device=self.device,
-            dtype=models.compute_dtype(settings.dtype, self.device),
+            dtype=models.compute_dtype(settings.dtype, self.device, training=True),
             trust_remote_code=self.recipe.model.trust_remote_code,
             report=report,
             **({"say": self.say} if is_tree else {}),

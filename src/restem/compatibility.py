@@ -112,6 +112,8 @@ def disagreement(model: Any) -> str:
         found = logits_of(model, hidden)[0, 4:].float()
     except TypeError:  # the keyword `tree` did not reach the attention
         return "its attention does not receive what the tree hands to it"
+    if model.dtype == torch.float16 and not expected.isfinite().all():
+        return 'its own logits overflow float16 (set model.dtype = "float32")'
     if not expected.isfinite().all():
         return "its own logits are not finite: the weights are damaged, or training diverged"
     # Half precision: rounding differs between kernels, and may send a token to another expert.

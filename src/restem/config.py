@@ -25,10 +25,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     base: str = "embedded"
     """What every Improve starts from: "embedded" (SmolLM2-135M-Instruct), "toy", a hub id, or a local directory."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the sampler; "auto" = bfloat16 where the processor computes in it, else float32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the sampler; "auto" = bfloat16 where the processor computes in it, else float16 on a CUDA card and
+    float32 on a CPU."""
     device: str = "auto"
-    """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
+    """"auto" = CUDA, else the CPU; or "cpu", "cuda", "cuda:1"."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it."""
 

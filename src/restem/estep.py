@@ -7,6 +7,7 @@ queue holds the sampler back. Samples and grades are separate parts, so a mended
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -110,6 +111,11 @@ class _Shard:
 
     def add(self, sample: Sample) -> bool:
         """Take a drawn sample; True when it was the shard's last."""
+        if sample.logprob is not None and math.isnan(sample.logprob):
+            raise RestemError(
+                f"the model's probabilities are not numbers in sample {sample.index} of problem {sample.problem_id}: they overflow "
+                'the number format, as float16 does in some models (model.dtype = "float32" does not), or its weights are damaged.'
+            )
         self._start_grading(sample)
         self.watch.drawn(sample)
         is_drawn = len(self.samples) == len(self.wanted)

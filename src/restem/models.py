@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from restem.errors import MissingExtra, RestemError
+from restem.errors import MissingExtra, RestemError, is_out_of_memory
+from restem.memory import free_bytes
 
 if TYPE_CHECKING:
     from restem.prompts import Renderer
@@ -63,15 +64,62 @@ def load_model(path: str, *, dtype: Any, device: str = "cpu", trust_remote_code:
 
     transformers.utils.logging.disable_progress_bar()
     if is_adapter(path):
-        return _merged(path, trust_remote_code=trust_remote_code).to(device=device, dtype=dtype).eval()
+        return _placed(_merged(path, trust_remote_code=trust_remote_code), path, device, dtype)
+    config: Any = None
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         seq2seq = getattr(config, "is_encoder_decoder", False)
         auto: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise RestemError(f"the model in {path} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
-    return model.to(device).eval()
+    except Exception as error:  # a quantised model's packages, remote code: whatever it is, there is no model to run
+        if is_out_of_memory(error):
+            raise _does_not_fit(path, "cpu", _stored_bytes(path)) from error
+        raise RestemError(f"the model in {path} cannot be loaded: {_reason(error)}{_quantised(config)}") from error
+    return _placed(model, path, device, None)
+
+
+def _placed(model: Any, path: str, device: str, dtype: Any) -> Any:
+    """The model on its device, in evaluation mode. `dtype`: None = as it is."""
+    import torch
+
+    if (there := torch.device(device)).type == "cuda" and there.index is not None:
+        torch.cuda.set_device(there)  # where compiled kernels and captured graphs go, whatever their tensors are on
+    try:
+        return model.to(device=device, dtype=dtype).eval()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
+        raise _does_not_fit(path, device, size) from error
+
+
+def _does_not_fit(path: str, device: str, size: int) -> RestemError:
+    import torch
+
+    return RestemError(
+        f"the model in {path} does not fit {device}: its weights take {size / 1e9:.2f} GB as they are loaded, and "
+        f"{free_bytes(torch.device(device)) / 1e9:.2f} GB are free. Free memory there, or take a smaller model, another device "
+        '(model.device), or a shorter number format (model.dtype = "bfloat16"; for training improve.weights).'
+    )
+
+
+def _stored_bytes(path: str) -> int:
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says first, behind its kind where that says more."""
+    said = next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "")
+    plain = isinstance(error, OSError | ValueError) and said
+    return said if plain else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+def _quantised(config: Any) -> str:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return ""
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return f"\nIts weights are quantised ({method or 'method not named'}). Give the model they were made from, in plain numbers."
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -100,9 +148,8 @@ def _merged(path: str, *, trust_remote_code: bool) -> Any:
     base = load_model(adapted(path), dtype=torch.float32, trust_remote_code=trust_remote_code)
     try:
         return PeftModel.from_pretrained(base, path).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:300]
-        raise RestemError(f"the adapter in {path} does not fit its base {adapted(path)}: {reason}") from None
+    except Exception as error:
+        raise RestemError(f"the adapter in {path} does not fit its base {adapted(path)}: {_reason(error)}") from error
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -112,8 +159,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
         path = adapted(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise RestemError(f"the tokenizer in {path} cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+    except Exception as error:  # a package that is missing, remote code, a damaged file: there is no tokenizer
+        raise RestemError(f"the tokenizer in {path} cannot be loaded: {_reason(error)}") from error
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path, *, dtype: Any, state: dict[str, Any] | None = None) -> None:
@@ -221,29 +268,46 @@ def shapes_logits(model: Any) -> bool:
     return any(getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"))
 
 
-def compute_dtype(choice: str, device: str) -> Any:
-    """The number format for "auto": bfloat16 where the device multiplies in it natively, else float32."""
+def compute_dtype(choice: str, device: str, *, training: bool = False) -> Any:
+    """The number format for "auto": bfloat16 where the device multiplies in it natively, else float32.
+
+    A CUDA card without bfloat16 samples in float16, in which it is several times as fast as in float32. It trains in float32:
+    small gradients vanish in float16.
+    """
     import torch
 
     if choice != "auto":
         return getattr(torch, choice)
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32 if training else torch.float16
     if device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
 
 
 def pick_device(choice: str) -> str:
-    """The device for "auto": CUDA, else Apple's MPS, else the CPU."""
+    """The device for "auto": CUDA, else the CPU. Another one is refused: on no other was restem ever shown to be right."""
     import torch
 
-    if choice != "auto":
-        try:
-            torch.empty(1, device=choice)
-        except (RuntimeError, AssertionError) as error:
-            raise RestemError(f'model.device = "{choice}" cannot be used here: {str(error).splitlines()[0]}') from None
-        return choice
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(choice)
+    except RuntimeError:
+        raise RestemError(f'model.device = "{choice}": there is no such device. Use "auto", "cpu", "cuda" or "cuda:1".') from None
+    if device.type == "cpu":
+        return "cpu"  # whose index means nothing
+    if device.type != "cuda":
+        why = "it has no float64, which sampling and training compute in" if device.type == "mps" else "it was never tried there"
+        raise RestemError(f'model.device = "{choice}": restem does not run there, since {why}. Use model.device = "cpu" here.')
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        here = f"{count} of them, cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0" if count else "no CUDA device"
+        raise RestemError(f'model.device = "{choice}" cannot be used: there is {here} here. Use "auto" or "cpu".')
+    try:
+        torch.empty(1, device=choice)
+    except RuntimeError as error:  # in use by another process alone, an older driver
+        raise RestemError(f'model.device = "{choice}" cannot be used here: {_reason(error)}') from None
+    return choice

@@ -7,12 +7,13 @@ computes its whole prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from restem.errors import RestemError, is_out_of_memory
 from restem.models import end_ids
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, by_problem, check_lengths, uniforms
@@ -23,10 +24,12 @@ from restem.types import Problem, Sample
 
 class GenerateSampler:
     """See `restem.sampling.Sampler` for the contract of `sample`. `model`: decoder-only, or an encoder-decoder, whose encoder
-    then reads the prompt. `rows`: samples computed at once."""
+    then reads the prompt. `rows`: samples computed at once, halved when memory runs out; `say` is told then."""
 
-    def __init__(self, model: Any, renderer: Renderer, *, rows: int | None = None) -> None:
-        self.model, self.renderer, self.rows = model.eval(), renderer, rows or 32
+    def __init__(
+        self, model: Any, renderer: Renderer, *, rows: int | None = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.model, self.renderer, self.rows, self.say = model.eval(), renderer, rows or 32, say
         self.end_ids = end_ids(model, renderer)
         self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
@@ -34,9 +37,30 @@ class GenerateSampler:
         prompts = {problem.id: self.renderer.encode(problem) for problem in problems}
         check_lengths(prompts, self.context)
         for name, indices in by_problem(owed).items():
-            for start in range(0, len(indices), self.rows):
-                batch = [Owed(name, index) for index in indices[start : start + self.rows]]
-                yield from self._draw(prompts[name], batch, decoding, stream)
+            while indices:
+                batch = [Owed(name, index) for index in indices[: self.rows]]
+                try:
+                    samples = self._draw(prompts[name], batch, decoding, stream)
+                except (RuntimeError, MemoryError) as error:
+                    self.rows = self._fewer_rows(error, len(batch))
+                    continue  # the same samples again: they come out the same in a smaller batch
+                yield from samples
+                indices = indices[len(batch) :]
+
+    def _fewer_rows(self, error: Exception, rows: int) -> int:
+        """Half the rows that were computed when memory ran out; any other error goes on its way."""
+        if not is_out_of_memory(error):
+            raise error
+        if rows == 1:
+            raise RestemError(
+                "memory is not enough for a single sample. Lower generate.max_tokens, use fewer exemplars (prompt.shots), or "
+                "free memory on this device."
+            ) from error
+        error.__traceback__ = None  # it holds the frames that hold the tensors
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"out of memory with {rows} samples at once; going on with {rows // 2}")
+        return rows // 2
 
     @torch.inference_mode()
     def _draw(self, prompt: tuple[int, ...], batch: list[Owed], decoding: Decoding, stream: str) -> list[Sample]:

@@ -39,7 +39,7 @@ def attach(model: Any, settings: ImproveConfig, *, stream: str) -> Any:
     )
     seed = int.from_bytes(hashlib.blake2b(f"{stream}\0lora".encode(), digest_size=7).digest(), "little")
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # the adapter begins on the CPU; a GPU that is not used stays untouched
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
     except ValueError as error:

@@ -119,7 +119,9 @@ def _quantised(config: Any) -> str:
     if found is None:
         return ""
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return f"\nIts weights are quantised ({method or 'method not named'}). Give the model they were made from, in plain numbers."
+    return (
+        f"\nIts weights are quantised ({method or 'method not named'}). Give the model they were made from, in plain numbers."
+    )
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -296,11 +298,15 @@ def pick_device(choice: str) -> str:
     try:
         device = torch.device(choice)
     except RuntimeError:
-        raise RestemError(f'model.device = "{choice}": there is no such device. Use "auto", "cpu", "cuda" or "cuda:1".') from None
+        raise RestemError(
+            f'model.device = "{choice}": there is no such device. Use "auto", "cpu", "cuda" or "cuda:1".'
+        ) from None
     if device.type == "cpu":
         return "cpu"  # whose index means nothing
     if device.type != "cuda":
-        why = "it has no float64, which sampling and training compute in" if device.type == "mps" else "it was never tried there"
+        why = (
+            "it has no float64, which sampling and training compute in" if device.type == "mps" else "it was never tried there"
+        )
         raise RestemError(f'model.device = "{choice}": restem does not run there, since {why}. Use model.device = "cpu" here.')
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
@@ -308,6 +314,6 @@ def pick_device(choice: str) -> str:
         raise RestemError(f'model.device = "{choice}" cannot be used: there is {here} here. Use "auto" or "cpu".')
     try:
         torch.empty(1, device=choice)
-    except RuntimeError as error:  # in use by another process alone, an older driver
+    except (RuntimeError, AssertionError) as error:  # in use by another process alone, an older driver
         raise RestemError(f'model.device = "{choice}" cannot be used here: {_reason(error)}') from None
     return choice

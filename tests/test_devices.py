@@ -141,7 +141,7 @@ def test_a_model_that_overflows_float16_is_refused_with_the_format_to_take() -> 
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1e4)
     TreeSampler(model, few_shot())
-    with pytest.raises(Unsupported, match='overflow float16.*model.dtype = "float32"'):
+    with pytest.raises(Unsupported, match=r'overflow float16.*model\.dtype = "float32"'):
         TreeSampler(model.half(), few_shot())
 
 
@@ -160,7 +160,7 @@ def test_a_sample_whose_probability_is_not_a_number_ends_the_stage(tmp_path: Pat
         shard_problems=1,
     )
     nobody: Any = None
-    with pytest.raises(RestemError, match="sample 0 of problem p.*float16"):
+    with pytest.raises(RestemError, match=r"sample 0 of problem p.*float16"):
         draw(stage, Broken, nobody, nobody)
 
 
@@ -251,5 +251,5 @@ def test_an_error_without_words_is_named_by_its_kind(tmp_path: Path, monkeypatch
         raise NotImplementedError
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    with pytest.raises(RestemError, match="cannot be loaded: NotImplementedError$"):
+    with pytest.raises(RestemError, match=r"cannot be loaded: NotImplementedError$"):
         models.load_model(base, dtype=torch.float32)

@@ -66,6 +66,7 @@ class HFBackend:
         self.device = models.pick_device(recipe.model.device)  # first: a model may have to be fetched
         self.base = models.locate(recipe.model.base, say=say)
         self.dtype = models.compute_dtype(recipe.model.dtype, self.device)
+        self._try_device()
         tokenizer = models.load_tokenizer(self.base, trust_remote_code=recipe.model.trust_remote_code)
         self.renderer: Renderer = Renderer(prompt, tokenizer)
         self.stop = self.renderer.stop
@@ -74,6 +75,20 @@ class HFBackend:
         self._trainer: Any = None
         self._fingerprints: dict[str, str] = {}
         self.facts = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
+
+    def _try_device(self) -> None:
+        """Before the first run on a device other than the CPU: does the tree compute there what the model does?"""
+        from restem import models
+
+        engine, trains = self.recipe.engine, self.recipe.iterations > 0 and self.recipe.engine.trainer in ("auto", "tree")
+        if self.device == "cpu" or not (trains or engine.sampler in ("auto", "tree")):
+            return
+        from restem.first_use import on_first_use
+        from restem.trial import Formats
+
+        training = models.compute_dtype(self.recipe.improve.dtype, self.device, training=True)
+        config = models.load_config(self.base, trust_remote_code=self.recipe.model.trust_remote_code)
+        on_first_use(config, self.device, Formats(self.dtype, training), self.say, trains=trains)
 
     def open_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
         from restem import models

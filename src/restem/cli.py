@@ -306,12 +306,25 @@ def list_(
 
 
 @app.command()
-def doctor(json_: JsonOption = False) -> None:
-    """Say what this machine has: devices, number formats, versions, extras."""
-    from restem.show import machine, machine_text
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Whose architecture to try: a model directory or a hub id. Only its config is read, no weights."),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Say what this machine has, and try whether each of its devices computes rightly.
 
-    facts = machine()
+    On the CPU and every CUDA device a small random model is sampled and trained through the tree, for a second, and compared
+    with its own forward pass and one sequence per row. "wrong" and "crash" mean: do not run there. A run tries its device in
+    the same way on first use, and stops if it fails. Default: the embedded model's architecture, if it was fetched before.
+    """
+    from restem.doctor import is_right, machine, machine_text
+
+    facts = machine(model)
     typer.echo(json.dumps(facts) if json_ else machine_text(facts))
+    if not is_right(facts):
+        raise typer.Exit(1)
 
 
 def main() -> NoReturn:

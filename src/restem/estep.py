@@ -113,8 +113,9 @@ class _Shard:
         """Take a drawn sample; True when it was the shard's last."""
         if sample.logprob is not None and math.isnan(sample.logprob):
             raise RestemError(
-                f"the model's probabilities are not numbers in sample {sample.index} of problem {sample.problem_id}: they overflow "
-                'the number format, as float16 does in some models (model.dtype = "float32" does not), or its weights are damaged.'
+                f"the model's probabilities are not numbers in sample {sample.index} of problem {sample.problem_id}: they "
+                'overflow the number format, as float16 does in some models (model.dtype = "float32" does not), or the weights '
+                "are damaged."
             )
         self._start_grading(sample)
         self.watch.drawn(sample)

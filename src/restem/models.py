@@ -190,11 +190,19 @@ def storage_dtype(path: str) -> Any:
     return getattr(torch, str(name), torch.float32)
 
 
-def context_length(path: str, *, trust_remote_code: bool = False) -> int:
-    """The most tokens of a text that a model directory's model is made for."""
+def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model directory (of an adapter: its base's); of a hub id only that file is fetched."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(adapted(path), trust_remote_code=trust_remote_code).get_text_config()
+    try:
+        return AutoConfig.from_pretrained(adapted(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise RestemError(f"the config of the model {path} cannot be read: {_reason(error)}") from error
+
+
+def context_length(path: str, *, trust_remote_code: bool = False) -> int:
+    """The most tokens of a text that a model directory's model is made for."""
+    config = load_config(path, trust_remote_code=trust_remote_code).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,50 +175,6 @@ def listing(what: str) -> str:
     if what not in known:
         raise RestemError(f'there is no list of "{what}". There are: {", ".join(known)}.')
     return "\n".join(known[what]())
-
-
-def machine() -> dict[str, Any]:
-    """What `restem doctor` says."""
-    import torch
-
-    from restem.models import compute_dtype, pick_device
-    from restem.rundir import hardware, versions
-
-    device = pick_device("auto")
-    extras = {"hub": "datasets", "lora": "peft", "ray": "ray", "vllm": "vllm", "openai": "openai"}
-    extras |= {"lm-eval": "lm_eval", "reasoning-gym": "reasoning_gym"}
-    return {
-        "device": device,
-        "sampler dtype": str(compute_dtype("auto", device)).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        **hardware(),
-        "extras": {name: find_spec(module) is not None for name, module in extras.items()},
-        "versions": versions(),
-        "sandbox": sandbox_facts(),
-    }
-
-
-def sandbox_facts() -> dict[str, Any]:
-    """The rung of the sandbox ladder that holds here, why the others are not used, and how long programs may take."""
-    from restem.sandbox import examine, slowness
-
-    rungs = examine()
-    failures = {rung: list(reasons) for rung, reasons in rungs.failures.items() if reasons}
-    return {"rung": rungs.best, "time_limit_factor": slowness(), "failures": failures}
-
-
-def machine_text(facts: dict[str, Any]) -> str:
-    lines = [f"{name:<14} {facts[name]}" for name in ("device", "sampler dtype", "threads", "cores", "system")]
-    lines.append(f"{'memory':<14} {facts['memory_bytes'] / 2**30:.1f} GiB")
-    lines += [
-        f"{'extra ' + name:<14} " + ("installed" if there else f'absent: pip install "restem[{name}]"')
-        for name, there in facts["extras"].items()
-    ]
-    sandbox = facts["sandbox"]
-    lines.append(f"{'sandbox':<14} {sandbox['rung'] or 'none holds here: programs of a model are not run'}")
-    lines.append(f"{'':<14} time limits of programs x {sandbox['time_limit_factor']:g}, by the speed of Python here")
-    lines += [f"{'':<14} not {rung}: {'; '.join(reasons)}" for rung, reasons in sandbox["failures"].items()]
-    return "\n".join([*lines, f"{'versions':<14} " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items())])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,119 @@
+"""A device is tried before a run relies on it: once for each architecture and number format, and the result is kept.
+
+The key holds whatever the result depends on: the device, the model's sizes, the versions of torch and transformers, and
+restem's own code. Only a trial that passed is relied on; one that failed is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from restem.embedded import cache_dir
+from restem.errors import RestemError
+from restem.files import read_json, write_json
+from restem.miniature import miniature, miniature_config
+from restem.trial import Finding, Formats, first_line, trial
+
+
+def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str], None], *, trains: bool) -> None:
+    """Try a device with the architecture of a config unless it passed before; RestemError if the tree is not right there.
+
+    `trains`: whether a gradient is needed, too.
+    """
+    try:
+        small = miniature_config(config)
+        key = key_of(small, device, formats)
+        if passed(recall(key)):
+            return
+        model = miniature(small, device)
+    except Exception as error:  # an architecture with rules of its own for its sizes; the check at loading remains
+        why = f"no small {config.model_type} model could be made ({first_line(error)})"
+        say(f"warning: the tree was not tried on {device_name(device)}: {why}")
+        return
+    findings = trial(model, formats)
+    keep(key, findings)
+    needed = {"logits", "decoding", "gradient"} if trains else {"logits", "decoding"}
+    bad = [finding for finding in findings if finding.verdict in ("wrong", "crash") and finding.what in needed]
+    where = f"tree against {small.model_type} on {device_name(device)}, {formats_text(formats)}"
+    if bad:
+        raise RestemError(
+            f"{where}: {'; '.join(finding.words() for finding in bad)}. A run here would not compute what the model does. Use "
+            'model.device = "cpu", or another number format (model.dtype, improve.dtype). `restem doctor --model MODEL` tries '
+            "every device; please report what it says."
+        )
+    say(f"checked {where}: {', '.join(finding.words() for finding in findings)}")
+
+
+def passed(findings: Sequence[Finding] | None) -> bool:
+    """Whether there was a trial in which all was right."""
+    return bool(findings) and all(finding.verdict == "ok" for finding in findings or ())
+
+
+def key_of(config: Any, device: str, formats: Formats) -> dict[str, str]:
+    """What a result holds for. `config`: of the miniature."""
+    settings = {
+        name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "transformers_version")
+    }
+    return {
+        "device": device_name(device),
+        "architecture": config.model_type,
+        "sizes": _digest(json.dumps(settings, sort_keys=True, default=str).encode()),
+        "sampling": str(formats.sampling),
+        "training": str(formats.training),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "restem": _source(),
+    }
+
+
+def keep(key: dict[str, str], findings: Sequence[Finding]) -> None:
+    """Write a result into the user's cache. A cache that cannot be written costs a second the next time."""
+    try:
+        _file(key).parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(key), {"key": key, "findings": [asdict(finding) for finding in findings]})
+    except OSError:
+        return
+
+
+def recall(key: dict[str, str]) -> list[Finding] | None:
+    """What was kept for this key; None = nothing."""
+    try:
+        return [Finding(**finding) for finding in read_json(_file(key))["findings"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _file(key: dict[str, str]) -> Path:
+    return cache_dir() / "trials" / f"{_digest(json.dumps(key, sort_keys=True).encode())}.json"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=10).hexdigest()
+
+
+@cache
+def _source() -> str:
+    """A hash of restem's own code: the version does not tell two states of a checkout apart."""
+    return _digest(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+
+
+def device_name(device: str) -> str:
+    """As users know it: "NVIDIA H200"; a CPU by its architecture."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"the CPU ({platform.machine()})" if torch.device(device).type == "cpu" else device
+
+
+def formats_text(formats: Formats) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in formats]
+    return names[0] if names[0] == names[1] else f"{names[0]} (training {names[1]})"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from restem import doctor, models
+from restem import attention_flex, doctor, models
 from restem.backends import HFBackend
 from restem.cli import main
 from restem.config import load_recipe
@@ -164,6 +164,22 @@ def test_a_device_that_fails_stops_the_run_and_is_tried_again(monkeypatch: pytes
     assert first_use(config_of("llama")) == []
 
 
+def test_a_device_on_which_flex_attention_fails_is_used_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for a GPU whose FlexAttention does not compile: what is there without it passes, and is remembered."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no valid triton configs")
+
+    monkeypatch.setattr(attention_flex, "serves", lambda device: device not in attention_flex._refused)
+    monkeypatch.setattr(attention_flex, "attend", fails)
+    for lines in (2, 1):
+        monkeypatch.setattr(attention_flex, "_refused", {})  # a new process
+        said = first_use(config_of("llama"))
+        assert "FlexAttention fails" in said[0] and "no valid triton configs" in said[0]
+        assert len(said) == lines
+        assert not attention_flex.serves(torch.device("cpu"))
+
+
 def test_other_versions_and_damaged_files_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first_use(config_of("llama"))
     (file,) = (tmp_path / "cache" / "trials").iterdir()
@@ -216,7 +232,7 @@ def test_the_doctor_tries_every_device_and_keeps_what_it_found(tmp_path: Path, c
             models.compute_dtype("auto", device["device"]), models.compute_dtype("auto", device["device"], training=True)
         )
         kept = recall(key_of(small, device["device"], formats))
-        assert kept == [Finding(**finding) for finding in device["findings"]]
+        assert kept is not None and kept.findings == [Finding(**finding) for finding in device["findings"]]
 
 
 def test_the_doctor_shows_a_wrong_device_and_fails(

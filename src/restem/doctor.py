@@ -67,20 +67,24 @@ def _config(model: str | None) -> Any:
 
 def _tried(config: Any, device: str) -> dict[str, Any]:
     """The tree on one device, tried anew; the result is kept for the runs to come."""
-    from restem.first_use import device_name, keep, key_of
-    from restem.miniature import miniature, miniature_config
+    from restem.first_use import Tried, device_name, try_device
+    from restem.miniature import miniature_config
     from restem.models import compute_dtype
-    from restem.trial import Finding, Formats, first_line, trial
+    from restem.trial import Finding, Formats, first_line
 
     formats = Formats(compute_dtype("auto", device), compute_dtype("auto", device, training=True))
-    facts = {"device": device, "name": device_name(device), "model": config.model_type}
     try:
-        small = miniature_config(config)
-        findings = trial(miniature(small, device), formats)
-        keep(key_of(small, device, formats), findings)
+        tried = try_device(miniature_config(config), device, formats)
     except Exception as error:  # a device that cannot be used at all is what this command is to show
-        findings = [Finding(what="logits", dtype=_name(formats.sampling), verdict="crash", reason=first_line(error))]
-    return {**facts, "findings": [asdict(finding) for finding in findings]}
+        dtype = _name(formats.sampling)
+        tried = Tried([Finding(what="logits", dtype=dtype, verdict="crash", reason=first_line(error))])
+    return {
+        "device": device,
+        "name": device_name(device),
+        "model": config.model_type,
+        "findings": [asdict(finding) for finding in tried.findings],
+        "without_flex": tried.without_flex,
+    }
 
 
 def sandbox_facts() -> dict[str, Any]:
@@ -123,6 +127,10 @@ def devices_text(devices: list[dict[str, Any]]) -> str:
             sizes = [_size(finding["what"], finding[key]) for key in ("error", "own")]
             rows.append([device["device"], finding["what"], finding["dtype"], *sizes, finding["verdict"]])
             reasons += [f"{device['device']}: {finding['reason']}"] if finding["reason"] else []
+        if device["without_flex"]:
+            reasons.append(
+                f"{device['device']}: FlexAttention fails ({device['without_flex']}); attention is computed without it"
+            )
     named = ", ".join(f"{device['device']} = {device['name']}" for device in devices)
     return "\n".join(
         [

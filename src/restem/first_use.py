@@ -10,19 +10,32 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from restem import attention_flex
 from restem.embedded import cache_dir
 from restem.errors import RestemError
 from restem.files import read_json, write_json
 from restem.miniature import miniature, miniature_config
 from restem.trial import Finding, Formats, first_line, trial
+
+
+class Tried(NamedTuple):
+    """The result of trying a device with an architecture."""
+
+    findings: list[Finding]
+    without_flex: str = ""
+    """Why FlexAttention is not used there, though the device could have it: what was wrong with it. "" = it is used."""
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.verdict == "ok" for finding in self.findings)
 
 
 def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str], None], *, trains: bool) -> None:
@@ -32,18 +45,16 @@ def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str]
     """
     try:
         small = miniature_config(config)
-        key = key_of(small, device, formats)
-        if passed(recall(key)):
-            return
-        model = miniature(small, device)
+        tried = recall(key_of(small, device, formats))
+        is_new = tried is None or not tried.passed
+        if tried is None or is_new:
+            tried = try_device(small, device, formats)
     except Exception as error:  # an architecture with rules of its own for its sizes; the check at loading remains
         why = f"no small {config.model_type} model could be made ({first_line(error)})"
         say(f"warning: the tree was not tried on {device_name(device)}: {why}")
         return
-    findings = trial(model, formats)
-    keep(key, findings)
     needed = {"logits", "decoding", "gradient"} if trains else {"logits", "decoding"}
-    bad = [finding for finding in findings if finding.verdict in ("wrong", "crash") and finding.what in needed]
+    bad = [finding for finding in tried.findings if finding.verdict in ("wrong", "crash") and finding.what in needed]
     where = f"tree against {small.model_type} on {device_name(device)}, {formats_text(formats)}"
     if bad:
         raise RestemError(
@@ -51,12 +62,32 @@ def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str]
             'model.device = "cpu", or another number format (model.dtype, improve.dtype). `restem doctor --model MODEL` tries '
             "every device; please report what it says."
         )
-    say(f"checked {where}: {', '.join(finding.words() for finding in findings)}")
+    if tried.without_flex:
+        attention_flex.refuse(_whole(device), tried.without_flex)
+        say(f"warning: FlexAttention fails on {device_name(device)} ({tried.without_flex}); attention is computed without it")
+    if is_new:
+        say(f"checked {where}: {', '.join(finding.words() for finding in tried.findings)}")
 
 
-def passed(findings: Sequence[Finding] | None) -> bool:
-    """Whether there was a trial in which all was right."""
-    return bool(findings) and all(finding.verdict == "ok" for finding in findings or ())
+def try_device(small: Any, device: str, formats: Formats) -> Tried:
+    """Try a device anew and keep the result. `small`: the config of a miniature. Where it fails with FlexAttention, it is tried
+    without."""
+    key = key_of(small, device, formats)  # first: a model writes into its config
+    model = miniature(small, device)
+    tried = Tried(trial(model, formats))
+    if not tried.passed and attention_flex.serves(model.device):
+        reason = "; ".join(finding.words() for finding in tried.findings if finding.verdict in ("wrong", "crash"))
+        attention_flex.refuse(model.device, reason)
+        again = Tried(trial(model, formats), reason)
+        tried = again if again.passed else tried
+    keep(key, tried)
+    return tried
+
+
+def _whole(device: str) -> torch.device:
+    """A device with its index, as its tensors name it."""
+    found = torch.device(device)
+    return found if found.index is not None or found.type != "cuda" else torch.device("cuda", torch.cuda.current_device())
 
 
 def key_of(config: Any, device: str, formats: Formats) -> dict[str, str]:
@@ -76,19 +107,21 @@ def key_of(config: Any, device: str, formats: Formats) -> dict[str, str]:
     }
 
 
-def keep(key: dict[str, str], findings: Sequence[Finding]) -> None:
+def keep(key: dict[str, str], tried: Tried) -> None:
     """Write a result into the user's cache. A cache that cannot be written costs a second the next time."""
+    findings = [asdict(finding) for finding in tried.findings]
     try:
         _file(key).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_file(key), {"key": key, "findings": [asdict(finding) for finding in findings]})
+        write_json(_file(key), {"key": key, "findings": findings, "without_flex": tried.without_flex})
     except OSError:
         return
 
 
-def recall(key: dict[str, str]) -> list[Finding] | None:
+def recall(key: dict[str, str]) -> Tried | None:
     """What was kept for this key; None = nothing."""
     try:
-        return [Finding(**finding) for finding in read_json(_file(key))["findings"]]
+        kept = read_json(_file(key))
+        return Tried([Finding(**finding) for finding in kept["findings"]], kept["without_flex"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

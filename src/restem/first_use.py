@@ -50,8 +50,8 @@ def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str]
         if tried is None or is_new:
             tried = try_device(small, device, formats)
     except Exception as error:  # an architecture with rules of its own for its sizes; the check at loading remains
-        why = f"no small {config.model_type} model could be made ({first_line(error)})"
-        say(f"warning: the tree was not tried on {device_name(device)}: {why}")
+        why = f"with a small {config.model_type} model ({first_line(error)})"
+        say(f"warning: the tree could not be tried on {device_name(device)} {why}")
         return
     needed = {"logits", "decoding", "gradient"} if trains else {"logits", "decoding"}
     bad = [finding for finding in tried.findings if finding.verdict in ("wrong", "crash") and finding.what in needed]
@@ -81,6 +81,9 @@ def try_device(small: Any, device: str, formats: Formats) -> Tried:
         again = Tried(trial(model, formats), reason)
         tried = again if again.passed else tried
     keep(key, tried)
+    del model
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
     return tried
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from restem.attention import AttentionPlan, PackAttention
 from restem.compatibility import Unsupported, refuse_unsupported, tree_attention
+from restem.errors import is_out_of_memory
 from restem.models import logits_of
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, TreeSampler
@@ -54,7 +55,7 @@ class Finding:
     def words(self) -> str:
         if self.error is None:
             return f"{self.what} {self.verdict}: {self.reason}"
-        size = f"{self.error:.2g} nats a token" if self.what == "decoding" else f"{self.error:.2%}"
+        size = f"{self.error:.2g} nats a token" if self.what == "decoding" else f"{100 * self.error:.2g}%"
         own = f" (the model's own pass: {self.own:.2g})" if self.verdict == "wrong" and self.own is not None else ""
         return f"{self.what} {size}{own}"
 
@@ -87,6 +88,8 @@ def _found(what: What, dtype: torch.dtype, compare: Callable[[], Errors]) -> Fin
     try:
         errors = compare()
     except Exception as error:  # whatever a device's kernels raise is what we want to know
+        if is_out_of_memory(error):
+            raise  # which says nothing about the tree
         return Finding(what=what, dtype=name, verdict="crash", reason=first_line(error))
     allowed = 1e-3 if dtype == torch.float32 else 0.01 + 3 * errors.own
     is_near = errors.tree <= allowed  # not so if it is not a number

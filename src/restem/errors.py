@@ -17,10 +17,3 @@ class MissingExtra(RestemError):
         super().__init__(
             f'{purpose} needs the package "{package}", which is not installed.\nInstall it with: pip install "restem[{extra}]"'
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device: each library has its own words for it."""
-    if not isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
-        return isinstance(error, MemoryError)
-    return any(words in str(error) for words in ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))

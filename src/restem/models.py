@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from restem.errors import MissingExtra, RestemError, is_out_of_memory
-from restem.memory import free_bytes
+from restem.errors import MissingExtra, RestemError
+from restem.memory import free_bytes, is_out_of_memory
 
 if TYPE_CHECKING:
     from restem.prompts import Renderer
@@ -72,7 +72,7 @@ def load_model(path: str, *, dtype: Any, device: str = "cpu", trust_remote_code:
         auto: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a quantised model's packages, remote code: whatever it is, there is no model to run
-        if is_out_of_memory(error):
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
             raise _does_not_fit(path, "cpu", _stored_bytes(path)) from error
         raise RestemError(f"the model in {path} cannot be loaded: {_reason(error)}{_quantised(config)}") from error
     return _placed(model, path, device, None)
@@ -86,7 +86,7 @@ def _placed(model: Any, path: str, device: str, dtype: Any) -> Any:
         torch.cuda.set_device(there)  # where compiled kernels and captured graphs go, whatever their tensors are on
     try:
         return model.to(device=device, dtype=dtype).eval()
-    except (RuntimeError, MemoryError) as error:
+    except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         size = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())

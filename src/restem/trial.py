@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from restem.attention import AttentionPlan, PackAttention
 from restem.compatibility import Unsupported, refuse_unsupported, tree_attention
-from restem.errors import is_out_of_memory
+from restem.memory import is_out_of_memory
 from restem.models import logits_of
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, TreeSampler

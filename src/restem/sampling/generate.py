@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restem.errors import RestemError, is_out_of_memory
+from restem.errors import RestemError
+from restem.memory import is_out_of_memory
 from restem.models import end_ids
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, by_problem, check_lengths, uniforms
@@ -41,13 +42,13 @@ class GenerateSampler:
                 batch = [Owed(name, index) for index in indices[: self.rows]]
                 try:
                     samples = self._draw(prompts[name], batch, decoding, stream)
-                except (RuntimeError, MemoryError) as error:
+                except RuntimeError as error:
                     self.rows = self._fewer_rows(error, len(batch))
                     continue  # the same samples again: they come out the same in a smaller batch
                 yield from samples
                 indices = indices[len(batch) :]
 
-    def _fewer_rows(self, error: Exception, rows: int) -> int:
+    def _fewer_rows(self, error: RuntimeError, rows: int) -> int:
         """Half the rows that were computed when memory ran out; any other error goes on its way."""
         if not is_out_of_memory(error):
             raise error

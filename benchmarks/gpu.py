@@ -1,15 +1,16 @@
 """restem on a GPU in four minutes: is it right, how fast is it, and does a base of 7B fit.
 
-    python -m benchmarks.gpu [--device cuda] [--pieces ceilings,trials,...] [--seconds 240] [--out FILE] [--tiny]
+    python -m benchmarks.gpu [--device cuda] [--pieces parity,...] [--seconds 240] [--out FILE] [--tiny]
     python -m benchmarks.gpu --pieces embedded --model DIR
 
-Each piece runs in a process of its own, ends at its own limit at the latest, and ends no other; what no time was left for is
-named. One line per result is printed, and one line of JSON is written to --out. `--tiny --device cpu` runs everything small.
+Each piece runs in a process of its own, ends at its own limit at the latest, and ends no other. Those of right and wrong run
+side by side; what is timed runs alone. What no time was left for is named, so that a second call can run it. One line per result
+is printed, and one line of JSON is written to --out. `--tiny --device cpu` runs everything small.
 
     ceilings    what the card copies and multiplies at best
-    trials      logits, decoding, gradients against float32, in each number format, for every kind of attention
+    float32, bfloat16, float16    logits, decoding and gradients against float32, for every kind of attention
     parity      greedy tokens against `generate`, and samples against those of a CPU
-    fallback    the trials without FlexAttention, as on a GPU without Triton
+    fallback    some of these without FlexAttention, as on a GPU without Triton
     sampling-X  tokens per second of a model of size X (0.1b, 1.5b, 7b) by rows in flight, against `generate`; a decoding step
     training-X  target tokens per second of 1.5B in the shape X (few-shot, zero-shot, long), against one sequence per row
     7b-lora, 7b-whole    one optimiser step and one D_val, and their peak memory against the estimate
@@ -30,12 +31,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_models import Line, Options
+from benchmarks.gpu_models import Line, Options, use
 
 
 class Piece(NamedTuple):
@@ -48,18 +50,20 @@ class Piece(NamedTuple):
 
 
 PIECES = {
+    "parity": Piece("gpu_right", "parity", 90),
+    "float32": Piece("gpu_right", "trials", 90, ("float32",)),
+    "bfloat16": Piece("gpu_right", "trials", 90, ("bfloat16",)),
+    "float16": Piece("gpu_right", "trials", 90, ("float16",)),
+    "fallback": Piece("gpu_right", "fallback", 90),
     "ceilings": Piece("gpu_speed", "ceilings", 20),
-    "trials": Piece("gpu_right", "trials", 80),
-    "parity": Piece("gpu_right", "parity", 60),
-    "fallback": Piece("gpu_right", "fallback", 30),
     "sampling-1.5b": Piece("gpu_speed", "sampling", 60, ("1.5b",)),
     "training-few-shot": Piece("gpu_speed", "training", 60, ("few-shot",)),
     "training-zero-shot": Piece("gpu_speed", "training", 60, ("zero-shot",)),
     "training-long": Piece("gpu_speed", "training", 75, ("long",)),
-    "sampling-0.1b": Piece("gpu_speed", "sampling", 60, ("0.1b",)),
-    "sampling-7b": Piece("gpu_speed", "sampling", 60, ("7b",)),
     "7b-lora": Piece("gpu_large", "large", 120, ("lora",)),
     "7b-whole": Piece("gpu_large", "large", 90, ("whole",)),
+    "sampling-0.1b": Piece("gpu_speed", "sampling", 60, ("0.1b",)),
+    "sampling-7b": Piece("gpu_speed", "sampling", 60, ("7b",)),
     "embedded": Piece("gpu_large", "embedded", 90),
 }
 
@@ -108,19 +112,62 @@ def tell(out: Path | None, began: float, piece: str, line: Line) -> None:
 
 
 def run_all(names: list[str], options: Options, limit: float, say: Tell) -> None:
-    """One process after another, forked from one that has imported everything and used no device yet."""
-    began = time.monotonic()
+    """Right and wrong side by side, then what is timed, piece by piece."""
+    end = time.monotonic() + limit
     context = forking([*sorted({f"benchmarks.{PIECES[name].module}" for name in names}), *_SLOW_TO_IMPORT])
-    for name in names:
-        left = limit - (time.monotonic() - began)
+    together = [name for name in names if PIECES[name].module == "gpu_right"]
+    for group in [together, *([name] for name in names if name not in together)]:
+        left = end - time.monotonic()
         if left < min(10, limit / 2):
-            say(name, Line(f"not run, no time left: --pieces {name}", {"error": "no time left"}))
+            for name in group:
+                say(name, Line(f"not run, no time left: --pieces {name}", {"error": "no time left"}))
             continue
-        results = context.SimpleQueue()
-        process = context.Process(target=run_piece, args=(name, options, results), daemon=False)
+        running = [Running.started(context, name, options, left) for name in group]
+        while running:
+            for piece in running:
+                for line in piece.said():
+                    say(piece.name, line)
+            running = [piece for piece in running if not piece.is_over]
+            time.sleep(0.02)
+
+
+@dataclass
+class Running:
+    """A piece in its process."""
+
+    name: str
+    process: Any
+    results: Any
+    end: float
+    limit: float
+    is_over: bool = False
+
+    @staticmethod
+    def started(context: Any, name: str, options: Options, left: float) -> Running:
+        results, limit = context.SimpleQueue(), min(left, PIECES[name].limit)
+        process = context.Process(target=run_piece, args=(name, options, results))
         process.start()
-        for line in _until_the_end(process, results, min(left, PIECES[name].limit)):
-            say(name, line)
+        return Running(name, process, results, time.monotonic() + limit, limit)
+
+    def said(self) -> Iterator[Line]:
+        """Its results since the last call. A piece that has ended otherwise than it should, or is late, is over, too."""
+        is_alive = self.process.is_alive()  # asked first: what it said last is there when it is gone
+        while not self.results.empty():
+            line = self.results.get()
+            if line is None:
+                self.is_over = True
+                self.process.join()
+                return
+            yield line
+        if not is_alive:
+            self.is_over = True
+            reason = f"its process ended with {self.process.exitcode}"
+            yield Line(f"FAILED: {reason}", {"error": reason})
+        elif time.monotonic() > self.end:
+            self.is_over = True
+            self.process.kill()
+            self.process.join()
+            yield Line(f"FAILED: not done in {self.limit:.0f} s", {"error": f"not done in {self.limit:.0f} s"})
 
 
 def forking(modules: list[str]) -> Any:
@@ -143,32 +190,11 @@ def _tell_if_spoilt(results: Any) -> None:
     results.put(torch.cuda._is_in_bad_fork())
 
 
-def _until_the_end(process: Any, results: Any, limit: float) -> Iterator[Line]:
-    """A piece's results as they come; it is ended at its limit."""
-    end = time.monotonic() + limit
-    while True:
-        is_alive = process.is_alive()  # asked first: what it said last is there when it is gone
-        if not results.empty():
-            line = results.get()
-            if line is None:
-                break
-            yield line
-        elif not is_alive:
-            yield Line(f"FAILED: its process ended with {process.exitcode}", {"error": f"exit code {process.exitcode}"})
-            break
-        elif time.monotonic() > end:
-            process.kill()
-            yield Line(f"FAILED: not done in {limit:.0f} s", {"error": f"not done in {limit:.0f} s"})
-            break
-        else:
-            time.sleep(0.02)
-    process.join()
-
-
 def run_piece(name: str, options: Options, results: Any) -> None:
     """In the piece's own process."""
     piece = PIECES[name]
     try:
+        use(options.device)
         for line in getattr(import_module(f"benchmarks.{piece.module}"), piece.name)(options, *piece.arguments):
             results.put(line)
     except Exception as error:

@@ -163,6 +163,12 @@ def random_examples(vocabulary: int, prompts: dict[str, tuple[int, ...]], soluti
     return examples
 
 
+def use(device: str) -> None:
+    """Make a device the current one, where compiled kernels go."""
+    if torch.device(device).index is not None and is_cuda(device):
+        torch.cuda.set_device(device)
+
+
 def is_cuda(device: str) -> bool:
     return device.startswith("cuda")
 

@@ -28,6 +28,7 @@ def config_of(family: str) -> Any:
 
 def parity(options: Options) -> Iterator[Line]:
     """In float32, greedy tokens are those of `generate` on the CPU, and samples are the CPU's, with and without a prefix."""
+    torch.set_num_threads(1)
     for family in families(options):
         facts: dict[str, Any] = {"family": family}
         for kind, shared in (("with a prefix", 70), ("without", 0)):
@@ -58,20 +59,23 @@ def _drawn(model: Any, prompts: dict[str, tuple[int, ...]], decoding: Decoding) 
     return {(sample.problem_id, sample.index): sample.token_ids for sample in samples}
 
 
-def trials(options: Options) -> Iterator[Line]:
-    """Logits of a packed tree, decoding, gradients, in each format: how far from float32, with the model's own pass beside."""
-    formats = [Formats(torch.float32, torch.float32), Formats(torch.bfloat16, torch.bfloat16)]
-    if is_cuda(options.device):
-        formats.append(Formats(torch.float16, torch.float32))
+def trials(options: Options, dtype: str) -> Iterator[Line]:
+    """Logits of a packed tree, decoding, gradients in a number format: how far from float32, with the model's own pass beside.
+
+    In float16 only sampling: training is in float32 there.
+    """
+    torch.set_num_threads(1)  # others are tried at the same time
+    sampling: torch.dtype = getattr(torch, dtype)
+    formats = Formats(sampling, torch.float32 if dtype == "float16" else sampling)
     for family in families(options):
-        for pair in formats:
-            yield _line(family, trial(miniature(config_of(family), options.device), pair))
+        yield _line(family, trial(miniature(config_of(family), options.device), formats))
 
 
 def fallback(options: Options) -> Iterator[Line]:
     """The same without FlexAttention, as on a GPU without Triton."""
     from restem import attention_flex
 
+    torch.set_num_threads(1)
     if not is_cuda(options.device):
         yield Line("a CPU computes no FlexAttention: nothing to compare")
         return

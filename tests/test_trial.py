@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from pretend_gpu import pretend_gpu
 from restem import attention_flex, doctor, models
 from restem.backends import HFBackend
 from restem.cli import main
@@ -55,6 +56,13 @@ def test_the_tree_is_right_on_this_cpu(name: str, formats: Formats) -> None:
         assert finding.error is not None and finding.own is not None
         assert finding.error < (1e-5 if finding.dtype == "float32" else 0.1)
         assert (finding.own == 0) == (finding.dtype == "float32"), "the yardstick is the model's own pass in float32"
+
+
+@pytest.mark.parametrize("formats", [FULL, MIXED], ids=["float32", "float16"])
+def test_the_trial_itself_mixes_no_devices(formats: Formats) -> None:
+    with pretend_gpu() as gpu:
+        found = trial(gpu.place(miniature(miniature_config(config_of("qwen2-window")), "cpu")), formats)
+    assert [finding.verdict for finding in found] == ["ok", "ok", "ok"], found
 
 
 # --- what it must find ------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --pieces embedded --model DIR
 
 Each piece runs in a process of its own, ends at its own limit at the latest, and ends no other. Those of right and wrong run
-side by side; what is timed runs alone. What no time was left for is named, so that a second call can run it. One line per result
-is printed, and one line of JSON is written to --out. `--tiny --device cpu` runs everything small.
+side by side; what is timed runs alone. What no time was left for is named, so that a second call can run it. One line per
+result is printed, and one line of JSON is written to --out. `--tiny --device cpu` runs everything small.
 
     ceilings    what the card copies and multiplies at best
     float32, bfloat16, float16    logits, decoding and gradients against float32, for every kind of attention

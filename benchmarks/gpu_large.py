@@ -28,8 +28,9 @@ from restem.prompts import Prompt, Renderer
 from restem.sampling import Decoding, Owed, TreeSampler
 from restem.types import Problem, Sample
 
-LORA: dict[str, Any] = {"lora_rank": 16, "weights": "bfloat16", "gradient_checkpointing": True}
+LORA: dict[str, Any] = {"lora_rank": 16, "gradient_checkpointing": True}
 WHOLE: dict[str, Any] = {"weights": "bfloat16", "optimiser": "adamw-bfloat16", "gradient_checkpointing": True}
+_VAL = 8  # samples of a problem on D_val
 
 
 def large(options: Options, how: str) -> Iterator[Line]:
@@ -41,7 +42,7 @@ def large(options: Options, how: str) -> Iterator[Line]:
     prompts = random_prompts(SIZES[size]["vocab_size"], problems, shared=shared, question=question)
     examples = random_examples(SIZES[size]["vocab_size"], prompts, solutions, tokens)
     path = stored_model(size, options)
-    expected = estimated(path, settings, options, shared=shared, tokens=tokens)
+    expected = estimated(path, settings, options, shared=shared, tokens=tokens, rows=_VAL * problems)
     session = session_of(options, size, settings)
     free_memory(options.device)
     metrics = session.step(examples, 1e-5)
@@ -58,7 +59,7 @@ def _against(what: str, facts: dict[str, Any], peak: float, expected: float | No
     return Line(text, {**facts, "what": what, "peak_gb": round(peak, 2), "estimated_gb": expected})
 
 
-def estimated(path: str, settings: ImproveConfig, options: Options, *, shared: int, tokens: int) -> dict[str, float]:
+def estimated(path: str, settings: ImproveConfig, options: Options, *, shared: int, tokens: int, rows: int) -> dict[str, float]:
     """GB that restem says before it trains, by phase; empty where it has no estimate for such a model."""
     try:
         from restem.training.estimate import Work, estimate, read_shape
@@ -70,13 +71,14 @@ def estimated(path: str, settings: ImproveConfig, options: Options, *, shared: i
     device = torch.device(options.device).type
     arithmetic = "bfloat16" if device == "cuda" else "float32"
     pack = 4096 if device == "cuda" else 768
-    work = Work(arithmetic=arithmetic, sampler="bfloat16", device=device, pack=pack, shared=shared, tokens=tokens)
+    sizes = {"pack": pack, "shared": shared, "tokens": tokens, "rows": rows}
+    work = Work(arithmetic=arithmetic, sampler="bfloat16", device=device, **sizes)
     memory = estimate(shape, settings, work)
     return {"training": memory.training / 1e9, "validation": memory.validation / 1e9}
 
 
 def d_val(session: Any, prompts: dict[str, tuple[int, ...]], options: Options, tokens: int) -> list[Sample]:
-    """What follows an interval: the model as it would be handed over, and 8 samples of each prompt."""
+    """What follows an interval: the model as it would be handed over, and some samples of each prompt."""
     session.optimiser.zero_grad(set_to_none=True)
     model = session.for_sampling(torch.bfloat16)
     if model is None:  # an adapter is merged on its way through a model directory
@@ -84,7 +86,7 @@ def d_val(session: Any, prompts: dict[str, tuple[int, ...]], options: Options, t
         model = load_model(interval.model, dtype=torch.bfloat16, device=options.device)
     model.generation_config.eos_token_id = None
     renderer: Any = Ids(prompts)
-    owed = [Owed(name, index) for name in prompts for index in range(8)]
+    owed = [Owed(name, index) for name in prompts for index in range(_VAL)]
     decoding = Decoding(temperature=0.7, top_k=40, max_tokens=tokens)
     return list(TreeSampler(model, renderer).sample(renderer.stage, owed, decoding, stream="val"))
 

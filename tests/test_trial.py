@@ -15,6 +15,7 @@ import transformers
 
 from pretend_gpu import pretend_gpu
 from restem import attention_flex, doctor, models
+from restem.attention import PackAttention, Rule
 from restem.backends import HFBackend
 from restem.cli import main
 from restem.config import load_recipe
@@ -90,6 +91,17 @@ def test_a_gradient_that_lacks_a_part_is_found(monkeypatch: pytest.MonkeyPatch) 
             "decoding": "ok",
             "gradient": "wrong",
         }
+
+
+@pytest.mark.parametrize("formats", [FULL, HALF], ids=["float32", "bfloat16"])
+def test_a_window_that_is_one_token_too_long_is_found(formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = PackAttention.attend
+
+    def attend(self: PackAttention, layer: int, q: Any, k: Any, v: Any, rule: Rule) -> Any:
+        return own(self, layer, q, k, v, rule._replace(window=rule.window and rule.window + 1))
+
+    monkeypatch.setattr(PackAttention, "attend", attend)
+    assert {f.verdict for f in tried("mistral-window", formats).values()} in ({"wrong"}, {"refused"})  # by the check at loading
 
 
 def crash(self: SharedPrompt) -> None:
@@ -202,6 +214,10 @@ def test_other_versions_and_damaged_files_are_no_result(tmp_path: Path, monkeypa
 def test_a_cache_that_cannot_be_written_does_not_stop_a_run(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     assert len(first_use(config_of("llama"))) == 1
+
+
+def test_an_architecture_that_the_tree_serves_nowhere_is_left_to_the_check_at_loading() -> None:
+    assert first_use(config_of("gptj")) == []
 
 
 def test_an_architecture_of_which_no_small_model_can_be_made_is_said() -> None:

@@ -66,6 +66,7 @@ class HFBackend:
         self.device = models.pick_device(recipe.model.device)  # first: a model may have to be fetched
         self.base = models.locate(recipe.model.base, say=say)
         self.dtype = models.compute_dtype(recipe.model.dtype, self.device)
+        self._training_dtype = models.compute_dtype(recipe.improve.dtype, self.device, training=True)
         self._try_device()
         tokenizer = models.load_tokenizer(self.base, trust_remote_code=recipe.model.trust_remote_code)
         self.renderer: Renderer = Renderer(prompt, tokenizer)
@@ -75,20 +76,6 @@ class HFBackend:
         self._trainer: Any = None
         self._fingerprints: dict[str, str] = {}
         self.facts = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
-
-    def _try_device(self) -> None:
-        """Before the first run on a device other than the CPU: does the tree compute there what the model does?"""
-        from restem import models
-
-        engine, trains = self.recipe.engine, self.recipe.iterations > 0 and self.recipe.engine.trainer in ("auto", "tree")
-        if self.device == "cpu" or not (trains or engine.sampler in ("auto", "tree")):
-            return
-        from restem.first_use import on_first_use
-        from restem.trial import Formats
-
-        training = models.compute_dtype(self.recipe.improve.dtype, self.device, training=True)
-        config = models.load_config(self.base, trust_remote_code=self.recipe.model.trust_remote_code)
-        on_first_use(config, self.device, Formats(self.dtype, training), self.say, trains=trains)
 
     def open_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
         from restem import models
@@ -126,8 +113,6 @@ class HFBackend:
         return GenerateSampler(model, renderer, rows=engine.rows, say=self.say)
 
     def open_trainer(self, report: Report) -> Trainer:
-        from restem import models
-
         self.free_sampler()
         settings, name = self.recipe.improve, self.recipe.engine.trainer
         is_tree = name in ("auto", "tree")
@@ -135,12 +120,25 @@ class HFBackend:
         self._trainer = make(
             settings,
             device=self.device,
-            dtype=models.compute_dtype(settings.dtype, self.device, training=True),
+            dtype=self._training_dtype,
             trust_remote_code=self.recipe.model.trust_remote_code,
             report=report,
             **({"say": self.say} if is_tree else {}),
         )
         return cast(Trainer, self._trainer)
+
+    def _try_device(self) -> None:
+        """Before the first run on a device other than the CPU: does the tree compute there what the model does?"""
+        from restem import models
+
+        engine, trains = self.recipe.engine, self.recipe.iterations > 0 and self.recipe.engine.trainer in ("auto", "tree")
+        if self.device == "cpu" or not (trains or engine.sampler in ("auto", "tree")):
+            return
+        from restem.first_use import on_first_use
+        from restem.trial import Formats
+
+        config = models.load_config(self.base, trust_remote_code=self.recipe.model.trust_remote_code)
+        on_first_use(config, self.device, Formats(self.dtype, self._training_dtype), self.say, trains=trains)
 
     def free_sampler(self) -> None:
         self._sampler = None

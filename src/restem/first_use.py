@@ -37,6 +37,12 @@ class Tried(NamedTuple):
     def passed(self) -> bool:
         return all(finding.verdict == "ok" for finding in self.findings)
 
+    @property
+    def bad(self) -> list[Finding]:
+        """What the device computes wrongly, or not at all. An architecture that the tree serves nowhere is neither this nor
+        passed."""
+        return [finding for finding in self.findings if finding.verdict in ("wrong", "crash")]
+
 
 def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str], None], *, trains: bool) -> None:
     """Try a device with the architecture of a config unless it passed before; RestemError if the tree is not right there.
@@ -54,7 +60,7 @@ def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str]
         say(f"warning: the tree could not be tried on {device_name(device)} {why}")
         return
     needed = {"logits", "decoding", "gradient"} if trains else {"logits", "decoding"}
-    bad = [finding for finding in tried.findings if finding.verdict in ("wrong", "crash") and finding.what in needed]
+    bad = [finding for finding in tried.bad if finding.what in needed]
     where = f"tree against {small.model_type} on {device_name(device)}, {formats_text(formats)}"
     if bad:
         raise RestemError(
@@ -65,7 +71,7 @@ def on_first_use(config: Any, device: str, formats: Formats, say: Callable[[str]
     if tried.without_flex:
         attention_flex.refuse(_whole(device), tried.without_flex)
         say(f"warning: FlexAttention fails on {device_name(device)} ({tried.without_flex}); attention is computed without it")
-    if is_new:
+    if is_new and all(finding.verdict != "refused" for finding in tried.findings):  # which is said when it is loaded
         say(f"checked {where}: {', '.join(finding.words() for finding in tried.findings)}")
 
 
@@ -75,8 +81,8 @@ def try_device(small: Any, device: str, formats: Formats) -> Tried:
     key = key_of(small, device, formats)  # first: a model writes into its config
     model = miniature(small, device)
     tried = Tried(trial(model, formats))
-    if not tried.passed and attention_flex.serves(model.device):
-        reason = "; ".join(finding.words() for finding in tried.findings if finding.verdict in ("wrong", "crash"))
+    if tried.bad and attention_flex.serves(model.device):
+        reason = "; ".join(finding.words() for finding in tried.bad)
         attention_flex.refuse(model.device, reason)
         again = Tried(trial(model, formats), reason)
         tried = again if again.passed else tried

@@ -28,7 +28,7 @@ def free_bytes(device: torch.device) -> int:
     return max(0, free)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error of torch says that memory ran out, on whatever device."""
     import torch
 

@@ -72,7 +72,7 @@ def load_model(path: str, *, dtype: Any, device: str = "cpu", trust_remote_code:
         auto: Any = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a quantised model's packages, remote code: whatever it is, there is no model to run
-        if isinstance(error, MemoryError) or is_out_of_memory(error):
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
             raise _does_not_fit(path, "cpu", _stored_bytes(path)) from error
         raise RestemError(f"the model in {path} cannot be loaded: {_reason(error)}{_quantised(config)}") from error
     return _placed(model, path, device, None)

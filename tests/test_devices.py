@@ -117,6 +117,17 @@ def test_a_run_on_the_cpu_does_not_touch_the_gpu_beside_it(rank: int, tmp_path: 
     assert len(trained) == 1 and backend.open_sampler(trained[0].model)
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_an_adapter_is_loaded_without_the_gpu(tmp_path: Path) -> None:
+    """peft would read it to the first GPU that there is."""
+    peft = pytest.importorskip("peft")
+    base = save(tiny(), tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert models.load_model(str(tmp_path / "adapter"), dtype=torch.float32).device.type == "cpu"
+
+
 # --- float16 ----------------------------------------------------------------------------------------------------------------
 
 

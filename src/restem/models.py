@@ -149,7 +149,7 @@ def _merged(path: str, *, trust_remote_code: bool) -> Any:
         raise MissingExtra("peft", "lora", "Loading a LoRA adapter") from None
     base = load_model(adapted(path), dtype=torch.float32, trust_remote_code=trust_remote_code)
     try:
-        return PeftModel.from_pretrained(base, path).merge_and_unload()
+        return PeftModel.from_pretrained(base, path, torch_device="cpu").merge_and_unload()
     except Exception as error:
         raise RestemError(f"the adapter in {path} does not fit its base {adapted(path)}: {_reason(error)}") from error
 

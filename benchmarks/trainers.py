@@ -66,14 +66,14 @@ def ours(work: Work, clock: Clock) -> None:
         stream="benchmark",
     )
     for examples in work.steps:
-        clock.losses.append(session.step(examples, settings.learning_rate)["loss"])
+        clock.losses.append(session.step(examples, settings.peak_learning_rate)["loss"])
         clock.step_ended()
 
 
 def rows(work: Work, clock: Clock) -> None:
     keep_freed_memory()
     model, decay = work.model(), SETTINGS.weight_decay
-    optimiser = torch.optim.AdamW(model.parameters(), lr=SETTINGS.learning_rate, weight_decay=decay, fused=True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=SETTINGS.peak_learning_rate, weight_decay=decay, fused=True)
     for examples in work.steps:
         optimiser.zero_grad(set_to_none=True)
         ordered, loss = by_length(examples), 0.0
@@ -129,7 +129,7 @@ def trl(work: Work, clock: Clock, *, packed: bool = False) -> None:
             max_length=work.size if packed else None,
             dataset_kwargs={"skip_prepare_dataset": True},  # it is prepared already
             optim="adamw_torch_fused",
-            learning_rate=SETTINGS.learning_rate,
+            learning_rate=SETTINGS.peak_learning_rate,
             lr_scheduler_type="constant",
             weight_decay=SETTINGS.weight_decay,
             max_grad_norm=SETTINGS.clip,

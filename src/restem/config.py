@@ -131,8 +131,9 @@ class ImproveConfig(Section):
     """Completions per D_val problem (U3). One greedy completion is too coarse to see an improvement."""
     val_temperature: float = Field(0.7, ge=0)
     """Temperature on D_val; the other decoding options are those of [generate] (U3)."""
-    learning_rate: float = Field(1e-5, gt=0)
-    """Peak learning rate of AdamW (U1); 1e-5 is common for full fine-tuning of models of 0.1 to 7 billion parameters."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of AdamW (U1). None = 1e-5, common for full fine-tuning of models of 0.1 to 7 billion parameters, and
+    ten times that with an adapter, which wants more (improve.lora_rank)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up (U1). Constant, so that an interval's model does not depend on how many intervals follow."""
     warmup: float = Field(0.03, ge=0, lt=1)
@@ -154,12 +155,16 @@ class ImproveConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of training (U1); "auto" = bfloat16 where the processor computes in it, else float32."""
     weights: Literal["float32", "bfloat16"] = "float32"
-    """Number format of weights and optimiser in training. bfloat16 takes half the memory, and loses steps that are smaller than
-    its rounding: a learning rate of 1e-5 changes few of its weights."""
+    """Number format of weights and gradients in training. bfloat16 takes half the memory, and loses steps that are smaller than
+    its rounding, unless it is stochastic: a learning rate of 1e-5 changes few of its weights."""
+    optimiser: Literal["adamw", "adamw-bfloat16"] = "adamw"
+    """"adamw" = AdamW with moments in the format of the weights. "adamw-bfloat16" = moments in bfloat16, and whatever is kept in
+    bfloat16 is rounded up or down by chance, right on average: small steps are not lost, but every step has that noise. With
+    improve.weights = "bfloat16" it trains in 8 bytes a weight instead of 16. Off by default: the paper's is not known (U1)."""
     lora_rank: int = Field(0, ge=0)
     """Train a LoRA adapter of this rank, merged into the weights that are handed over; 0 = train all weights (paper)."""
     lora_alpha: float | None = Field(None, gt=0)
-    """Scale of the adapter; None = twice the rank. An adapter wants a ten times larger learning rate than all weights do."""
+    """Scale of the adapter; None = twice the rank."""
     lora_targets: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: "all-linear", or the ends of their names (Hu et al. 2021 adapt attention only)."""
     gradient_checkpointing: bool = False
@@ -168,6 +173,11 @@ class ImproveConfig(Section):
     """With several processes (`torchrun`): each holds the whole model, or a part of it (FSDP2)."""
     checkpoint_minutes: float = Field(10.0, ge=0)
     """Minutes of training that a kill can cost; a checkpoint is also written after every interval. 0 = after every step."""
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate in force: the recipe's, or what None stands for."""
+        return self.learning_rate or (1e-4 if self.lora_rank else 1e-5)
 
 
 class EvaluateConfig(Section):
@@ -283,7 +293,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """{"generate.samples": 32, ...} for every leaf of the tree."""
+    """{"generate.samples": 32, ...} for every leaf of the tree; the learning rate is the one in force."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, BaseModel):
@@ -292,7 +302,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
         else:
             yield prefix, list(value) if isinstance(value, tuple) else value
 
-    return dict(walk("", recipe))
+    return {**dict(walk("", recipe)), "improve.learning_rate": recipe.improve.peak_learning_rate}
 
 
 def describe_fields() -> dict[str, str]:

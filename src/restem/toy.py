@@ -120,7 +120,7 @@ class ToyTrainer:
         policy, best = load_policy(start), best_rows(examples, self.settings.objective)
         for number in range(1, math.ceil(self.settings.epochs / self.settings.interval) + 1):
             epochs = min(number * self.settings.interval, self.settings.epochs)
-            mix = 1 - (1 - min(1.0, self.settings.learning_rate)) ** epochs
+            mix = 1 - (1 - min(1.0, self.settings.peak_learning_rate)) ** epochs
             rows = {
                 row: tuple((1 - mix) * a + mix * b for a, b in zip(policy.of(row), target, strict=True))
                 for row, target in best.items()

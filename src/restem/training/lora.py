@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from restem.compatibility import own_logits
 from restem.config import ImproveConfig
@@ -50,14 +51,30 @@ def attach(model: Any, settings: ImproveConfig, *, stream: str) -> Any:
     return adapted.eval()
 
 
+def lighten(model: Any, dtype: torch.dtype) -> None:
+    """Keep frozen linear weights in the number format in which they are multiplied, where it holds their values exactly.
+
+    Nothing else changes: autocast takes them to that format at every call. Embeddings and norms, which are computed in float32,
+    stay as they are, and so does an output layer that shares its weights with them.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        if type(module) is not nn.Linear or module.weight.requires_grad or id(module.weight) in embeddings:
+            continue
+        lighter = module.weight.detach().to(dtype)
+        if dtype.itemsize < module.weight.itemsize and torch.equal(lighter.to(module.weight.dtype), module.weight):
+            module.weight = nn.Parameter(lighter, requires_grad=False)
+
+
 def merged(adapted: Any, storage: torch.dtype) -> tuple[Any, float]:
     """A copy with the adapter added to the weights, and how far its logits are from the trained model's (relative).
 
     `storage`: the number format in which it will be stored; the comparison includes the rounding to it. Raises RestemError if
     the two disagree by more than rounding can explain.
     """
-    expected = own_logits(adapted)
-    plain = copy.deepcopy(adapted).merge_and_unload()
+    full = copy.deepcopy(adapted).float()  # what `lighten` has changed has its former value again
+    expected = own_logits(full)
+    plain = full.merge_and_unload()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(parameter.to(storage))

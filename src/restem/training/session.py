@@ -24,7 +24,7 @@ from restem.config import ImproveConfig
 from restem.files import finish_directory
 from restem.memory import is_out_of_memory
 from restem.models import load_model, load_tokenizer, save_model, storage_dtype
-from restem.training import Interval, checkpoints, fused, lora
+from restem.training import Interval, checkpoints, fused, lora, optimiser
 from restem.training.batches import Pack, make_packs, shared_prompt
 from restem.training.budget import PackBudget
 from restem.training.clock import Clock
@@ -62,13 +62,9 @@ class Session:
         self.is_sharded = processes.count > 1 and settings.parallel == "shard"
         if self.is_sharded:
             shard(self.loss, self.model)
-        self.optimiser = torch.optim.AdamW(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        elif self.adapted is not None:
+            lora.lighten(self.model, dtype)
+        self.optimiser = optimiser.make(self.model.parameters(), settings)
 
     def step(self, examples: Sequence[Example], learning_rate: float) -> dict[str, Any]:
         """One optimiser step; returns its metrics. If the loss or the gradient is not finite, no weight is changed.
@@ -175,7 +171,7 @@ class Session:
     def for_sampling(self, dtype: torch.dtype) -> Any | None:
         """The model as it would be loaded from what `write_interval` wrote; None if its weights are spread, or in an adapter.
 
-        Its tensors are the trained ones themselves where the number formats agree.
+        Its tensors are the trained ones themselves where the number formats agree, and its layers are computed once.
         """
         if self.is_sharded or self.adapted is not None:
             return None
@@ -183,7 +179,14 @@ class Session:
         for parameter in self.model.parameters():
             rounded = parameter.detach().to(self.storage).to(dtype)
             memo[id(parameter)] = nn.Parameter(rounded, requires_grad=False)
-        return copy.deepcopy(self.model, memo).eval()
+        copied = copy.deepcopy(self.model, memo).eval()
+        for layer in layers(copied):  # what `_recompute` set stands in the layer itself, before its class's
+            vars(layer).pop("forward", None)
+        return copied
+
+    def free_gradients(self) -> None:
+        """Give back their memory. Every step makes them anew."""
+        self.optimiser.zero_grad(set_to_none=True)
 
     def _by_name(self) -> dict[str, Any]:
         return {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}

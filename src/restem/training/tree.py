@@ -109,10 +109,10 @@ class TreeTrainer:
         """Peak after a linear warm-up, then constant, or falling to 0 at the end linearly or as a cosine. Steps from 0."""
         warm = math.ceil(self.settings.warmup * steps)
         if step < warm:
-            return self.settings.learning_rate * (step + 1) / warm
+            return self.settings.peak_learning_rate * (step + 1) / warm
         share = (step - warm) / max(1, steps - warm)
         falling = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
-        return self.settings.learning_rate * falling[self.settings.schedule]
+        return self.settings.peak_learning_rate * falling[self.settings.schedule]
 
     def loaded(self, model: str, dtype: torch.dtype) -> Any | None:
         """The model of the interval that was handed over last, from memory; None if it is not this directory's."""
@@ -128,6 +128,7 @@ class TreeTrainer:
         assert number is not None
         before = max((n for n, step in enumerate(steps[: done - 1], start=1) if step.interval is not None), default=0)
         metrics = _summary(history[before:], done, len(steps))
+        session.free_gradients()  # the sampler of D_val wants the memory
         interval = session.write_interval(directory, number, metrics)
         self._held = (interval.model, session)
         goes_on = False

@@ -86,7 +86,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """
     bits = values.contiguous().view(torch.int32)
     chance = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    return ((bits + chance) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    return chance.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def _update(
@@ -103,9 +103,10 @@ def _update(
     new_mean = mean.float().lerp_(gradient, 1 - first)
     new_square = square.float().mul_(second).addcmul_(gradient, gradient, value=1 - second)
     size = (new_square / (1 - second**step)).sqrt_().add_(group["eps"])
-    new = weight.float() * (1 - group["lr"] * group["weight_decay"])
-    new.addcdiv_(new_mean, size, value=-group["lr"] / (1 - first**step))
-    weight.copy_(round_stochastically(new, generator) if weight.dtype == torch.bfloat16 else new)
+    new = weight.float()  # the weight itself if it is float32
+    new.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(new_mean, size, value=-group["lr"] / (1 - first**step))
+    if new is not weight:
+        weight.copy_(round_stochastically(new, generator))
     mean.copy_(round_stochastically(new_mean, generator))
     square.copy_(round_stochastically(new_square, generator))
 

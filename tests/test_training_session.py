@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,12 +208,12 @@ def test_what_all_prompts_share_is_computed_once_however_many_packs_a_step_has(t
         assert len(computed) == (5 if pack_tokens == 64 else 2)
 
 
-def open_session(start: str, **changes: Any) -> Session:
+def open_session(start: str, *, arithmetic: torch.dtype = torch.float32, **changes: Any) -> Session:
     return Session(
         start,
         settings(**changes),
         device="cpu",
-        dtype=torch.float32,
+        dtype=arithmetic,
         trust_remote_code=False,
         processes=Processes(),
         stream="s",
@@ -344,6 +345,35 @@ def test_lora_gradients_equal_those_of_rows(tmp_path: Path) -> None:
     assert distance(found, torch.cat([parameter.grad.flatten() for parameter in own])) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_frozen_weights_in_the_format_of_the_arithmetic_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, storage: torch.dtype
+) -> None:
+    """Loss and gradients of the adapter in bfloat16 arithmetic, with light frozen weights and without. A base that is not
+    exact in bfloat16 stays as it is, and so do embeddings, norms and an output layer that is tied to the embeddings."""
+    start = save(tiny(name), tmp_path / "base", dtype=storage)
+
+    def trained(light: bool) -> tuple[Session, list[float], torch.Tensor]:
+        if not light:
+            monkeypatch.setattr(lora, "lighten", lambda model, dtype: None)
+        session = open_session(start, arithmetic=torch.bfloat16, **LORA)
+        losses = [session.step(SOME, 1e-2)["loss"] for _ in range(3)]
+        gradients = [p.grad.flatten() for p in session.optimiser.param_groups[0]["params"]]
+        return session, losses, torch.cat(gradients)
+
+    light, *found = trained(True)
+    heavy, *expected = trained(False)
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1]) and float(found[1].norm()) > 0
+    kinds = {n: p.dtype for n, p in light.model.named_parameters() if p.dtype != dict(heavy.model.named_parameters())[n].dtype}
+    layers = {n for n in kinds if "base_layer.weight" in n}
+    assert set(kinds.values()) == ({torch.bfloat16} if storage == torch.bfloat16 else set())
+    assert len(layers) == (7 * len(light.model.model.layers) if storage == torch.bfloat16 else 0)
+    assert set(kinds) - layers == ({"lm_head.weight"} if layers and name != "llama-tied" else set())
+    merged = [lora.merged(session.adapted, storage)[0].state_dict() for session in (light, heavy)]
+    assert all(torch.equal(merged[0][key], value) for key, value in merged[1].items())
+
+
 def test_an_adapter_that_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
     start = save(tiny(), tmp_path / "base")
     with pytest.raises(RestemError, match=r"improve\.lora_targets = \('query',\) does not fit this llama model"):
@@ -386,6 +416,25 @@ def test_the_model_in_memory_is_the_one_in_the_directory(
     assert trainer.loaded(start, dtype) is None
     running.close()
     assert trainer.loaded(interval.model, dtype) is None
+
+
+def test_the_model_that_samples_d_val_computes_each_layer_once_and_holds_no_gradient(tmp_path: Path) -> None:
+    """With recomputed layers, too; and the training that goes on behind it still recomputes, and is not changed by it."""
+    start, changes = save(tiny(), tmp_path / "base"), {"epochs": 2.0, "gradient_checkpointing": True}
+    expected = train(start, tmp_path / "plain", **changes)
+    trainer = TreeTrainer(settings(**changes))
+    found = []
+    for interval in trainer.train(start, SOME, tmp_path / "out", stream="s"):
+        found.append(interval)
+        session = trainer._held[1]
+        assert all(parameter.grad is None for parameter in session.model.parameters())
+        held = trainer.loaded(interval.model, torch.float32)
+        for layer, copied in zip(session.model.model.layers, held.model.layers, strict=True):
+            assert isinstance(layer.forward, partial)  # through `checkpoint`
+            assert copied.forward.__func__ is type(layer).forward and copied.forward.__self__ is copied
+        assert torch.equal(own_logits(held), own_logits(models.load_model(interval.model, dtype=torch.float32)))
+    assert fingerprints(found) == fingerprints(expected)
+    assert [timeless(i) for i in found] == [timeless(i) for i in expected]
 
 
 def test_log_likelihoods_are_those_that_the_sampler_drew_with() -> None:

@@ -14,6 +14,7 @@ from restem.prompts import Prompt, Renderer
 from restem.sampling import Sampler
 from restem.selection import Renders, example_of
 from restem.training import Trainer
+from restem.tree import shared_length
 from restem.types import Problem, Sample
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -75,7 +76,26 @@ class HFBackend:
         self._renderers: dict[Prompt, Renderer] = {}
         self._trainer: Any = None
         self._fingerprints: dict[str, str] = {}
-        self.facts = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
+        self.facts: dict[str, Any] = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
+        if recipe.iterations and recipe.engine.trainer in ("auto", "tree"):
+            self.facts |= self._training_memory()
+
+    def _training_memory(self) -> dict[str, Any]:
+        """What training will take of the device, said, and refused if it cannot fit, before anything is drawn."""
+        import torch
+
+        from restem import models
+        from restem.training import fit
+
+        prompts = [self.renderer.encode(Problem(id=text, question=text)) for text in ("a", "b")]
+        work = fit.work_of(
+            self.recipe,
+            device=self.device.partition(":")[0],
+            arithmetic=str(models.compute_dtype(self.recipe.improve.dtype, self.device)).removeprefix("torch."),
+            sampler=self.facts["sampler_dtype"],
+            shared=shared_length(prompts),
+        )
+        return fit.before_training(self.recipe, self.base, work, torch.device(self.device), self.say)
 
     def open_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
         from restem import models

@@ -158,9 +158,9 @@ class ImproveConfig(Section):
     """Number format of weights and gradients in training. bfloat16 takes half the memory, and loses steps that are smaller than
     its rounding, unless it is stochastic: a learning rate of 1e-5 changes few of its weights."""
     optimiser: Literal["adamw", "adamw-bfloat16"] = "adamw"
-    """"adamw" = AdamW with moments in the format of the weights. "adamw-bfloat16" = moments in bfloat16, and whatever is kept in
-    bfloat16 is rounded up or down by chance, right on average: small steps are not lost, but every step has that noise. With
-    improve.weights = "bfloat16" it trains in 8 bytes a weight instead of 16. Off by default: the paper's is not known (U1)."""
+    """"adamw" = AdamW with moments in the format of the weights. "adamw-bfloat16" = moments in bfloat16; what is in bfloat16 is
+    rounded up or down by chance, right on average, so that small steps are not lost, at the price of noise in every step. With
+    improve.weights = "bfloat16" it trains in 8 bytes a weight instead of 16. Off by default: it changes results (U1)."""
     lora_rank: int = Field(0, ge=0)
     """Train a LoRA adapter of this rank, merged into the weights that are handed over; 0 = train all weights (paper)."""
     lora_alpha: float | None = Field(None, gt=0)

@@ -249,7 +249,7 @@ def _provenance(facts: Facts) -> list[str]:
     run = facts.run
     return [
         f"{_SOURCES[facts.recipe.generate.source].data}, kept where the verifier gave a reward",
-        f"seed {facts.recipe.seed}, started {run['created']}",
+        f"seed {facts.recipe.seed}, peak learning rate {facts.recipe.improve.peak_learning_rate:g}, started {run['created']}",
         f"weights: base {run['base_fingerprint']}, this model {facts.result['accepted']['fingerprint']}",
         f"restem {run['versions'].get('restem', 'of a checkout')}, commit {run.get('commit') or 'not known'}",
         "problems: " + ", ".join(f"{name} {digest}" for name, digest in run["problems"].items()),

@@ -69,6 +69,7 @@ class Run:
             facts = {
                 "base": relative(self.path, self.base),
                 "base_fingerprint": self.backend.fingerprint(self.base),
+                "learning_rate": recipe.improve.peak_learning_rate,
                 **self.backend.facts,
             }
             if not self.directory.is_new:

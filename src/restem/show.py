@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from restem.config import Recipe, describe_fields, recipe_files
+from restem.config import ImproveConfig, Recipe, describe_fields, recipe_files
 from restem.errors import RestemError
 from restem.files import read_json
 from restem.summary import form_and_substance
@@ -22,7 +22,16 @@ def announce(recipe: Recipe, task: Task, out: Path) -> str:
         f"  each iteration: {len(task.train)} x {samples} = {len(task.train) * samples} samples, "
         f"at most {recipe.select.max_per_problem} correct ones a problem train the base model",
     ]
+    if recipe.iterations:
+        lines.append(f"  training: {_trained(recipe.improve)}")
     return "\n".join([*lines, *(f"  {note}" for note in task.notes)])
+
+
+def _trained(improve: ImproveConfig) -> str:
+    what = f"a LoRA adapter of rank {improve.lora_rank}" if improve.lora_rank else "all weights"
+    source = " (improve.learning_rate is unset)" if improve.learning_rate is None else ""
+    optimiser = f", {improve.optimiser}" if improve.optimiser != "adamw" else ""
+    return f"{what}{optimiser}, peak learning rate {improve.peak_learning_rate:g}{source}"
 
 
 def result_table(result: dict[str, Any], out: Path) -> str:

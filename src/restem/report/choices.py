@@ -26,6 +26,7 @@ OPEN = (
         "Optimiser, learning rate, schedule, batch size, length of training",
         "AdamW, restarted in every M-step.",
         (
+            "improve.optimiser",
             "improve.learning_rate",
             "improve.schedule",
             "improve.warmup",

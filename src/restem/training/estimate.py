@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from restem.config import ImproveConfig
-from restem.errors import RestemError
 from restem.models import adapted, storage_dtype
 
-_TARGETS = 512  # whose logits are in memory at once
-_ROWS, _TOKENS = 256, 512  # of samples in flight, where the recipe leaves them open
+_TARGETS, _LOGITS = 512, 1 << 29  # targets, and off the CPU bytes, of logits in memory at once
+ROWS, TOKENS = 256, 512  # of samples in flight, where the recipe leaves them open
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -66,8 +65,8 @@ class Work:
     """Tokens of a pack."""
     shared: int = 0
     """Tokens with which all prompts begin."""
-    rows: int = _ROWS
-    tokens: int = _TOKENS
+    rows: int = ROWS
+    tokens: int = TOKENS
     """Longest completion."""
     processes: int = 1
 
@@ -81,7 +80,7 @@ class Memory:
     moments: int
     activations: int
     output_layer: int
-    """Logits of some hundred targets, and the gradient of the output layer in float32."""
+    """A part of the logits, and the gradient of the output layer in float32."""
     sampler: int
     """Weights of the sampler that are not those of training: while D_val is drawn it stands beside the trained model."""
     sampler_alone: int
@@ -122,10 +121,10 @@ def estimate(shape: Shape, settings: ImproveConfig, work: Work) -> Memory:
     head = shape.vocabulary * shape.hidden
     trained = shape.adapter(settings) if is_lora else shape.weights
     lower = work.arithmetic == "bfloat16" and settings.weights == "float32"
-    light = matrices + (0 if shape.is_tied else head) if is_lora and lower and shape.storage == "bfloat16" else 0
+    light = matrices + (0 if shape.is_tied else head) if is_lora and lower and share == 1 and _is_light(shape) else 0
     weights = weight * (shape.weights + (trained if is_lora else 0)) - 2 * light
     moment = 2 if settings.optimiser == "adamw-bfloat16" else weight
-    is_shared = not is_lora and share == 1 and settings.weights == shape.storage == work.sampler
+    is_same = not is_lora and share == 1 and settings.weights == shape.storage == work.sampler
     sampler = _BYTES[work.sampler] * shape.weights
     return Memory(
         weights=weights // share,
@@ -133,7 +132,7 @@ def estimate(shape: Shape, settings: ImproveConfig, work: Work) -> Memory:
         moments=2 * moment * trained // share,
         activations=_activations(shape, settings, work, casts=0 if light or not lower else 2 * matrices),
         output_layer=_output_layer(shape, settings, work, head),
-        sampler=0 if is_shared else sampler,
+        sampler=0 if is_same else sampler,
         sampler_alone=sampler,
         keys=2 * _BYTES[work.sampler] * shape.layers * shape.keys * (work.shared + work.rows * work.tokens),
     )
@@ -145,11 +144,10 @@ def _activations(shape: Shape, settings: ImproveConfig, work: Work, *, casts: in
     Of each token and layer: what both norms and the linear layers behind them are given, queries, keys, values and output of
     attention, and four numbers for each of the inner width. `casts`: weights in the number format of the arithmetic.
     """
-    number, stream = _BYTES[work.arithmetic], _BYTES[settings.weights]
-    if stream == 2:
-        number = 2  # weights in bfloat16 are computed with as they are
-    inputs = 8 if stream == 4 and number == 4 else 10 if stream == 4 else 4
-    norms = (8 if stream == 4 else 4) + (0 if settings.lora_rank else 8 if stream == 4 else 4) + (4 if stream == 2 else 0)
+    stream = _BYTES[settings.weights]  # between layers
+    number = min(stream, _BYTES[work.arithmetic])
+    norms = 8 + (0 if settings.lora_rank else 2 * stream)  # computed in float32, then multiplied by their weights
+    inputs = number * (2 if number == stream else 5)  # in another format each of five layers has a copy of its own
     inside = 4 if work.device == "cpu" else number  # attention on a CPU is computed in float32
     attention = inside * (2 * shape.queries + 2 * shape.keys) + number * shape.queries + 4 * shape.heads
     layer = (norms + inputs) * shape.hidden + attention + 4 * number * shape.intermediate
@@ -162,13 +160,20 @@ def _activations(shape: Shape, settings: ImproveConfig, work: Work, *, casts: in
 
 
 def _output_layer(shape: Shape, settings: ImproveConfig, work: Work, head: int) -> int:
-    """Logits and their gradients of a chunk of targets; the layer's own gradient, as a sum and as what one chunk adds to it."""
-    chunk = min(_TARGETS, work.pack) * shape.vocabulary
-    if settings.lora_rank:
-        return 12 * chunk
-    is_lower = "bfloat16" in (settings.weights, work.arithmetic)
-    copy = 2 if is_lower and settings.weights == "float32" else 0
-    return 4 * chunk + head * (4 + copy + (2 if is_lower else 0))
+    """A part of the logits and, where it is no overwriting, their gradient; the layer's weights in the number format of the
+    products; its own gradient as a float32 sum, and what one part adds to it."""
+    number = min(_BYTES[settings.weights], _BYTES[work.arithmetic])
+    targets = _TARGETS if work.device == "cpu" else max(_TARGETS, _LOGITS // (shape.vocabulary * number))
+    logits = 4 * min(targets, work.pack) * shape.vocabulary
+    is_light = settings.lora_rank > 0 and _is_light(shape) and not shape.is_tied
+    copy = 0 if is_light or number == _BYTES[settings.weights] else number
+    own = 0 if settings.lora_rank else 4 if number == 4 else 6
+    return logits + head * (copy + own)
+
+
+def _is_light(shape: Shape) -> bool:
+    """Whether frozen matrices are kept in bfloat16 where that is the arithmetic, as in `lora.lighten`."""
+    return shape.storage == "bfloat16"
 
 
 def read_shape(path: str, *, trust_remote_code: bool = False) -> Shape | None:
@@ -209,60 +214,3 @@ def _headers(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with file.open("rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         yield from ((name, entry) for name, entry in header.items() if name != "__metadata__")
-
-
-def words(memory: Memory, device: str, total: int) -> str:
-    """The estimate on one line."""
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "moments": memory.moments,
-        "activations": memory.activations,
-        "output layer": memory.output_layer,
-    }
-    return (
-        f"memory for improve on {device} ({_gb(total)} GB): "
-        + ", ".join(f"{name} {_gb(size)}" for name, size in parts.items())
-        + f": about {_gb(memory.training)} GB; while D_val is drawn, beside weights and moments a sampler of "
-        f"{_gb(memory.sampler)} and keys and values of {_gb(memory.keys)}: {_gb(memory.validation)} GB"
-    )
-
-
-def refuse_what_cannot_fit(shape: Shape, settings: ImproveConfig, work: Work, total: int) -> str | None:
-    """Raise RestemError if weights, gradients and moments alone exceed a device; a warning if the whole estimate does."""
-    memory = estimate(shape, settings, work)
-    if memory.peak <= total:
-        return None
-    ways = " or ".join(ways_to_fit(shape, settings, work, total)) or "a smaller model"
-    if memory.certain > total:
-        raise RestemError(
-            f"training cannot fit on {work.device}: weights take {_gb(memory.weights)} GB, gradients {_gb(memory.gradients)}, "
-            f"moments {_gb(memory.moments)}, together {_gb(memory.certain)} GB of {_gb(total)}. By the same estimate this fits: "
-            f"{ways}."
-        )
-    return f"training may run out of memory on {work.device}; by the same estimate this fits: {ways}"
-
-
-def ways_to_fit(shape: Shape, settings: ImproveConfig, work: Work, total: int) -> Iterator[str]:
-    """Settings with which the estimate stays within a device, with its peak: the least change of each kind."""
-    recompute = {"gradient_checkpointing": True}
-    light = {"weights": "bfloat16", "optimiser": "adamw-bfloat16"}
-    adapter = {"lora_rank": 16}
-    more = [n for n in (2, 4, 8, 16, 32, 64, 128) if n > work.processes]
-    spread = [({"parallel": "shard"} | extra, n) for extra in ({}, recompute, recompute | light) for n in more]
-    kinds: list[list[tuple[dict[str, Any], int]]] = [
-        [(changes, work.processes) for changes in (recompute, light, recompute | light)],
-        [(changes, work.processes) for changes in (adapter, recompute | adapter)],
-        sorted(spread, key=lambda pair: pair[1]),
-    ]
-    for kind in kinds:
-        for changes, processes in kind:
-            found = estimate(shape, settings.model_copy(update=changes), replace(work, processes=processes))
-            if found.peak <= total:
-                named = " with ".join(f"improve.{key} = {json.dumps(value)}" for key, value in changes.items())
-                yield named + (f" in {processes} processes" if "parallel" in changes else "") + f" ({_gb(found.peak)} GB)"
-                break
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.2f}"

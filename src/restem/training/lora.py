@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from restem.compatibility import own_logits
 from restem.config import ImproveConfig
@@ -54,8 +55,8 @@ def attach(model: Any, settings: ImproveConfig, *, stream: str) -> Any:
 def lighten(model: Any, dtype: torch.dtype) -> None:
     """Keep frozen linear weights in the number format in which they are multiplied, where it holds their values exactly.
 
-    Nothing else changes: autocast takes them to that format at every call. Embeddings and norms, which are computed in float32,
-    stay as they are, and so does an output layer that shares its weights with them.
+    Nothing else changes: autocast takes them to that format at every call, and without autocast they are taken back. Embeddings
+    and norms, which are computed in float32, stay as they are, and so does an output layer that shares its weights with them.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
@@ -64,6 +65,12 @@ def lighten(model: Any, dtype: torch.dtype) -> None:
         lighter = module.weight.detach().to(dtype)
         if dtype.itemsize < module.weight.itemsize and torch.equal(lighter.to(module.weight.dtype), module.weight):
             module.weight = nn.Parameter(lighter, requires_grad=False)
+            module.forward = partial(_of_light_weights, module)  # type: ignore[method-assign]  # its class stays
+
+
+def _of_light_weights(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    lower = torch.is_autocast_enabled(inputs.device.type)
+    return nn.functional.linear(inputs, layer.weight if lower else layer.weight.to(inputs.dtype), layer.bias)
 
 
 def merged(adapted: Any, storage: torch.dtype) -> tuple[Any, float]:
@@ -72,9 +79,8 @@ def merged(adapted: Any, storage: torch.dtype) -> tuple[Any, float]:
     `storage`: the number format in which it will be stored; the comparison includes the rounding to it. Raises RestemError if
     the two disagree by more than rounding can explain.
     """
-    full = copy.deepcopy(adapted).float()  # what `lighten` has changed has its former value again
-    expected = own_logits(full)
-    plain = full.merge_and_unload()
+    expected = own_logits(adapted)
+    plain = copy.deepcopy(adapted).float().merge_and_unload()  # float: light weights are frozen, their sum is not
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(parameter.to(storage))

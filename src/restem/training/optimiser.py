@@ -1,8 +1,8 @@
-"""The optimisers of training: PyTorch's AdamW, and one that keeps its moments, and weights in bfloat16, by stochastic rounding.
+"""The optimisers of training: PyTorch's AdamW, and one that keeps moments, and weights in bfloat16, by stochastic rounding.
 
-bfloat16 has 8 significant bits: rounded to the nearest, a weight does not move at all under steps below 1/512 of its size, and a
-mean of squares with a decay of 0.999 never falls. Rounded up or down by chance, with the odds that make it right on average,
-neither is lost; what is paid is noise in every step.
+bfloat16 has 8 significant bits: rounded to the nearest, a weight does not move under steps below 1/512 of its size, and a mean
+of squares with a decay of 0.999 never falls. Rounded up or down by chance, with the odds that make it right on average, neither
+is lost; what is paid is noise in every step. Nothing is compiled, and the state is plain tensors.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class StochasticAdamW(torch.optim.Optimizer):
             generator = generators.setdefault(device, torch.Generator(device))
             generator.manual_seed(count * len(places) + place)
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            for parts in zip(*(_chunks(_own_part(tensor)) for tensor in tensors), strict=True):
-                _update(*parts, group, count, generator)
+            for weight, gradient, mean, square in zip(*(_chunks(_own_part(tensor)) for tensor in tensors), strict=True):
+                _update(weight, gradient, mean, square, group, count, generator)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As PyTorch's, which takes the moments to the weights' number format: back to their own, with nothing lost."""

@@ -12,7 +12,7 @@ from torch import nn
 from restem.config import ImproveConfig
 from restem.training import TreeTrainer, checkpoints
 from restem.training.optimiser import StochasticAdamW, make, round_stochastically
-from test_training_session import MANY, fingerprints
+from test_training_session import MANY, fingerprints, trainer_process
 from test_tree_trainer import settings, timeless, train
 from tiny_models import one_thread, save, tiny  # noqa: F401
 
@@ -167,3 +167,13 @@ def test_a_checkpoint_restores_the_moments_bit_for_bit_in_their_own_number_forma
         for name, value in optimiser.state[parameter].items():
             assert torch.equal(again.state[parameter][name], value) and again.state[parameter][name].dtype == value.dtype
     assert isinstance(again, StochasticAdamW)
+
+
+def test_two_processes_that_hold_the_same_weights_round_them_alike(tmp_path: Path) -> None:
+    """If they did not, they would train two models, and the losses would soon be others than those of one process."""
+    start, changes = save(tiny(), tmp_path / "base", dtype=torch.bfloat16), {**LIGHT, "epochs": 2.0, "batch_size": 4}
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    shared = {**changes, "learning_rate": 1e-3, "pack_tokens": 64}
+    assert trainer_process(start, tmp_path / "two", *launcher, **shared, examples="SOME").wait() == 0
+    alone, together = (train(start, tmp_path / name, **shared)[-1].metrics["history"] for name in ("one", "two"))
+    assert [step["loss"] for step in together] == pytest.approx([step["loss"] for step in alone], rel=1e-5)

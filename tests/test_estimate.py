@@ -275,6 +275,20 @@ def test_a_run_that_cannot_fit_makes_no_run_directory(tmp_path: Path, monkeypatc
     opened(start, tmp_path / "run", "iterations=0")
 
 
+def test_a_gpu_that_others_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 GB of 24 are free, and one holds our own tensors: three are gone. A card is judged by all it has, all the same."""
+    start, said = save(tiny(), tmp_path / "base"), list[str]()
+    monkeypatch.setattr(fit, "total_bytes", lambda device: 24_000_000_000)
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 20_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000_000_000)
+    found = fit.before_training(toy_runs.recipe(), start, ON_GPU, torch.device("cuda:1"), said.append)
+    assert said[1] == "  3.0 GB of cuda:1 are in use by other programs, and will be missing if they stay"
+    assert found["training_memory"]["of"] == 24_000_000_000
+    said.clear()
+    fit.before_training(toy_runs.recipe(), start, replace(ON_GPU, device="cpu"), torch.device("cpu"), said.append)
+    assert len(said) == 1
+
+
 def test_what_is_no_decoder_is_not_counted(tmp_path: Path) -> None:
     """It is refused by its own reason, when it is loaded."""
     assert read_shape(save(tiny("mamba", table=REFUSED), tmp_path / "mamba")) is None

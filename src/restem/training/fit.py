@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from restem.config import ImproveConfig, Recipe
 from restem.errors import RestemError
-from restem.memory import total_bytes
+from restem.memory import free_bytes, total_bytes
 from restem.training.batches import pack_budget
 from restem.training.estimate import ROWS, TOKENS, Memory, Shape, Work, estimate, read_shape
 
@@ -30,9 +30,20 @@ def before_training(recipe: Recipe, base: str, work: Work, device: torch.device,
     memory = estimate(shape, settings, work)
     refuse_what_cannot_fit(memory, shape, settings, work, total)
     say(words(memory, work, total))
+    if (others := _used_by_others(device, total)) > 1e9:
+        say(f"  {_gb(others)} GB of {device} are in use by other programs, and will be missing if they stay")
     if memory.peak > total:
         say(f"warning: training may run out of memory. By the same estimate {_advice(shape, settings, work, total)}")
     return {"training_memory": {**memory.as_dict(), "of": total}}
+
+
+def _used_by_others(device: torch.device, total: int) -> int:
+    """Memory of a GPU that neither is free nor holds tensors of this process."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return total - free_bytes(device) - torch.cuda.memory_allocated(device)
 
 
 def work_of(recipe: Recipe, *, device: str, arithmetic: str, sampler: str, shared: int) -> Work:

@@ -84,14 +84,13 @@ class HFBackend:
         """What training will take of the device, said, and refused if it cannot fit, before anything is drawn."""
         import torch
 
-        from restem import models
         from restem.training import fit
 
         prompts = [self.renderer.encode(Problem(id=text, question=text)) for text in ("a", "b")]
         work = fit.work_of(
             self.recipe,
             device=self.device.partition(":")[0],
-            arithmetic=str(models.compute_dtype(self.recipe.improve.dtype, self.device)).removeprefix("torch."),
+            arithmetic=str(self._training_dtype).removeprefix("torch."),
             sampler=self.facts["sampler_dtype"],
             shared=shared_length(prompts),
         )

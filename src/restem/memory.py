@@ -18,7 +18,10 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # kept by PyTorch for its next tensors
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     import psutil
 
     free = int(psutil.virtual_memory().available)

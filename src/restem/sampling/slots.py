@@ -22,6 +22,10 @@ class KV(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
     def part(self, start: int, end: int) -> KV:
         return KV(self.keys[:, :, start:end], self.values[:, :, start:end])
 

@@ -11,8 +11,10 @@ its attention interface is ours (`restem.compatibility`).
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,31 +23,39 @@ from torch import Tensor
 from restem.attention import AttentionPlan, Capture, PackAttention
 from restem.compatibility import refuse_unsupported, tree_attention
 from restem.errors import RestemError
-from restem.memory import free_bytes, keep_freed_memory
+from restem.memory import free_bytes, is_out_of_memory, keep_freed_memory
 from restem.models import end_ids, logits_of
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, by_problem, check_lengths
-from restem.sampling.flight import ROW_ALIGN, Flight, Pace
+from restem.sampling.blocks import Blocks
+from restem.sampling.deck_flight import DeckFlight
+from restem.sampling.flight import ROW_ALIGN, SEATS, Flight, Pace
+from restem.sampling.graphs import Replays, recorder, rounded
 from restem.sampling.packed import PackedLinears
+from restem.sampling.room import Lengths, Needs, Plan
+from restem.sampling.slot_flight import SlotFlight
 from restem.sampling.slots import BLOCK, KV, whole_blocks
-from restem.tree import Tree, shared_length
+from restem.tree import Node, Tree, shared_length
 from restem.types import Problem, Sample
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prefix:
     """What all prompts of a stage begin with, computed."""
 
     length: int
     kv: KV | None
-    transposed: tuple[Tensor, Tensor] | None
-    """Keys [L, K, D, P] and values, as decoding reads them; None if nothing stands apart."""
+    apart: int = 0
+    """Tokens that are attended to in place by all rows. The others are copied to the beginning of every question: all of a
+    prefix of less than a block, for which that costs less, and what exceeds a multiple of 8 on a GPU, which is slower then."""
 
-    @property
-    def apart(self) -> int:
-        """Tokens that are attended to in place by all rows. A prefix of less than a block costs less as the beginning of every
-        question, to which its keys and values are copied."""
-        return self.length if self.length >= BLOCK else 0
+    @cached_property
+    def transposed(self) -> tuple[Tensor, Tensor] | None:
+        """Keys [L, K, D, P] and values of the tokens that stand apart, as decoding reads them; None if there are none."""
+        if self.kv is None or not self.apart:
+            return None
+        keys, values = self.kv.part(0, self.apart)
+        return keys.transpose(-1, -2).contiguous(), values.contiguous()
 
     def by_layer(self) -> dict[int, tuple[Tensor, Tensor]]:
         return {} if self.kv is None else {n: (k[None], v[None]) for n, (k, v) in enumerate(zip(*self.kv, strict=True))}
@@ -56,11 +66,17 @@ class TreeSampler:
 
     `model`: a `transformers` causal language model, already on its device; its weights are never changed. `renderer` turns
     problems into token ids. `rows`: samples in flight at most; None = as many as make the machine faster, within the memory
-    at hand. `say` is told what is about to be used.
+    at hand. `say` is told what is about to be used. `on_deck`: compute as on a GPU; None = on what is not a CPU.
     """
 
     def __init__(
-        self, model: Any, renderer: Renderer, *, rows: int | None = None, say: Callable[[str], None] = lambda text: None
+        self,
+        model: Any,
+        renderer: Renderer,
+        *,
+        rows: int | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        on_deck: bool | None = None,
     ) -> None:
         refuse_unsupported(model)
         keep_freed_memory()
@@ -70,9 +86,12 @@ class TreeSampler:
         self.heads = int(config.num_attention_heads)
         self.context = int(getattr(config, "max_position_embeddings", 1 << 30))
         self.end_ids = end_ids(model, renderer)
+        self._on_deck = self.device.type != "cpu" if on_deck is None else on_deck
+        self.lengths = Lengths()
+        self._like: KV | None = None
         self._rows = rows
         self._prefix: tuple[tuple[int, ...], Prefix] | None = None
-        self._first = rows or (128 if self.device.type == "cpu" else 256)  # rows to begin with; later what the pace found
+        self._first = rows or (2048 if self._on_deck else 128)  # rows to begin with; later what the pace found
         self._found = False  # more are no faster
         self._stated = 0.0  # bytes that the user knows of
         self._packed = PackedLinears(model)
@@ -90,18 +109,23 @@ class TreeSampler:
             return
         with tree_attention(self.model), self._packed:
             while queue:
-                flight = None
+                flight: Flight | None = None
                 try:
                     prefix = self._compute_prefix(prompts)
-                    pace = self._pace(prompts, queue, prefix, decoding)
-                    flight = Flight(self, prefix, prompts, queue, decoding, stream, pace)
+                    flight = self._flight(prefix, prompts, queue, decoding, stream)
                     yield from flight.run()
                     if not self._found:
-                        self._first, self._found = max(self._first, pace.rows), pace.found
+                        self._first, self._found = max(self._first, flight.pace.rows), flight.pace.found
                     return
                 except RuntimeError as error:  # torch.OutOfMemoryError is one
-                    self._rows = self._fewer_rows(error, 0 if flight is None else len(flight.rows))
+                    if not is_out_of_memory(error):
+                        raise
+                    rows = 0 if flight is None else len(flight.rows)
                     queue = queue if flight is None else flight.owed()  # those in flight begin again, and come out the same
+                    traceback.clear_frames(error.__traceback__)  # they hold the tensors of the rows
+                    problem = error
+                flight = None
+                self._rows = self._fewer_rows(problem, rows)
 
     def forward(self, tokens: Tensor, positions: Tensor, attends: Any) -> Tensor:
         """Last hidden states [B, T, hidden]."""
@@ -110,17 +134,38 @@ class TreeSampler:
 
     def compute(self, texts: Sequence[tuple[int, ...]], prefix: Prefix) -> list[tuple[KV, Tensor]]:
         """Texts behind the prefix, in one pack: keys and values of each, and the logits of what follows it."""
+        kv, hidden, nodes = self._pack(texts, prefix, lambda tokens: -(-tokens // ROW_ALIGN) * ROW_ALIGN)
+        ends = [node.end - 1 for node in nodes]
+        logits = logits_of(self.model, hidden[ends + [0] * (-len(ends) % ROW_ALIGN)])
+        return [(kv.part(node.start, node.end), row) for node, row in zip(nodes, logits, strict=False)]
+
+    def compute_questions(self, texts: Sequence[tuple[int, ...]], prefix: Prefix) -> tuple[KV | None, list[int]]:
+        """The same for a deck: keys and values of what of the prefix does not stand apart, and of all texts behind it, in one
+        run, and where in the pack each text starts. None if that is nothing."""
+        rest = prefix.kv.part(prefix.apart, prefix.length) if prefix.kv and prefix.apart < prefix.length else None
+        if not any(texts):
+            return rest, [0] * len(texts)
+        kv, _, nodes = self._pack(texts, prefix, lambda tokens: rounded(tokens, 256))
+        return kv if rest is None else rest.followed_by(kv), [node.start for node in nodes]
+
+    def like(self) -> KV:
+        """Keys and values of a token, for their sizes."""
+        if self._like is None:
+            self._like = self._pack([(0,)], Prefix(0, None), lambda tokens: ROW_ALIGN)[0].part(0, 1)
+        return self._like
+
+    def _pack(
+        self, texts: Sequence[tuple[int, ...]], prefix: Prefix, padded: Callable[[int], int]
+    ) -> tuple[KV, Tensor, list[Node]]:
+        """Keys and values, last hidden states, and the texts' nodes. `padded`: tokens to compute for so many."""
         tree = Tree(prefix.length)
         numbers = [tree.add(text) for text in texts]
-        tree.add([0] * (-len(tree.tokens) % ROW_ALIGN))  # nobody's child: it only fills the rows
+        tree.add([0] * (padded(len(tree.tokens)) - len(tree.tokens)))  # nobody's child: it only fills the rows
         capture = Capture(PackAttention(AttentionPlan.of(tree, self.device), prefix.by_layer()))
         ids, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
         hidden = self.forward(ids, positions, capture)[0]
-        nodes = [tree.nodes[number] for number in numbers]
-        ends = [node.end - 1 for node in nodes]
-        logits = logits_of(self.model, hidden[ends + [0] * (-len(ends) % ROW_ALIGN)])
-        kv = _stacked(capture)
-        return [(kv.part(node.start, node.end), row) for node, row in zip(nodes, logits, strict=False)]
+        nodes = tree.nodes
+        return _stacked(capture), hidden, [nodes[number] for number in numbers]
 
     def _compute_prefix(self, prompts: dict[str, tuple[int, ...]]) -> Prefix:
         """What all prompts begin with; kept for the next stage."""
@@ -134,12 +179,29 @@ class TreeSampler:
                 tokens, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
                 self.forward(tokens, positions, capture)
                 kv = _stacked(capture)
-                apart = (kv.keys.transpose(-1, -2).contiguous(), kv.values) if len(ids) >= BLOCK else None
-                prefix = Prefix(len(ids), kv, apart)
+                apart = len(ids) // (8 if self._on_deck else 1) * (8 if self._on_deck else 1)
+                prefix = Prefix(len(ids), kv, apart if apart >= BLOCK else 0)
             else:
-                prefix = Prefix(0, None, None)
+                prefix = Prefix(0, None)
             self._prefix = (ids, prefix)
         return self._prefix[1]
+
+    def _flight(
+        self,
+        prefix: Prefix,
+        prompts: dict[str, tuple[int, ...]],
+        queue: dict[str, list[int]],
+        decoding: Decoding,
+        stream: str,
+    ) -> Flight:
+        if not self._on_deck:
+            pace = self._pace(prompts, queue, prefix, decoding)
+            return SlotFlight(self, prefix, prompts, queue, decoding, stream, pace)
+        plan = self._plan(prompts, queue, prefix, decoding)
+        pace = Pace(self._rows or self._first, plan.rows, found=self._found)
+        replays = Replays(recorder(self.device), self.say)
+        args = (self, prefix, prompts, queue, decoding, stream, pace)
+        return DeckFlight(*args, blocks=Blocks(plan.blocks, plan.seats), share=plan.share, replays=replays)
 
     # --- memory -------------------------------------------------------------------------------------------------------------
 
@@ -170,6 +232,35 @@ class TreeSampler:
             self.say(text)
         return Pace(self._rows or self._first, most, found=self._found)
 
+    def _plan(
+        self, prompts: dict[str, tuple[int, ...]], queue: dict[str, list[int]], prefix: Prefix, decoding: Decoding
+    ) -> Plan:
+        """A pool of half the free memory at most, and the rows that it holds at the lengths seen so far."""
+        asked = [-(-(len(prompts[name]) - 1 - prefix.apart) // BLOCK) for name in queue]
+        needs = Needs(
+            block=BLOCK * self.like().nbytes,
+            row=self.model.get_input_embeddings().num_embeddings * self.dtype.itemsize * (2 if decoding.top_k == 0 else 1),
+            longest=-(-min(decoding.max_tokens, self.context) // BLOCK),
+            expected=-(-self.lengths.expected(min(decoding.max_tokens, self.context)) // BLOCK),
+            asked=max(asked),
+            sharing=min(SEATS, max(len(indices) for indices in queue.values())),
+        )
+        free = free_bytes(self.device)
+        plan = needs.plan(free, min(self._rows or 4096, sum(map(len, queue.values()))), least_seats=self.least_seats)
+        if plan.blocks < 1 + needs.asked + needs.longest:
+            raise torch.OutOfMemoryError(
+                f"out of memory: {free / 1e9:.2f} GB free, and one sample does not fit into half of it"
+            )
+        size = plan.blocks * needs.block
+        if size > self._stated:
+            self._stated = size
+            self.say(
+                f"at most {plan.rows} samples in flight: {size / 1e9:.2f} GB of keys and values, enough for answers of "
+                f"{int((plan.blocks / plan.rows - plan.share) * BLOCK)} tokens, and "
+                f"{prefix.length * self.like().nbytes / 1e6:.0f} MB for {prefix.length} shared tokens"
+            )
+        return plan
+
     def _bytes_per_token(self) -> int:
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or self.heads
@@ -177,9 +268,7 @@ class TreeSampler:
         return int(config.num_hidden_layers * 2 * heads * size * self.dtype.itemsize)
 
     def _fewer_rows(self, error: RuntimeError, rows: int) -> int:
-        """Half the rows that were in flight when memory ran out; any other error goes on its way."""
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise error
+        """Half the rows that were in flight when memory ran out."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if rows // 2 < ROW_ALIGN:

@@ -73,7 +73,6 @@ class Blocks:
         """Position in the text of the first token."""
         self.held_N: Ints = np.zeros(count, dtype=np.int64)
         """Tokens of a question's block."""
-        self.own.take([])  # where rows that are nobody's write
 
     @property
     def free(self) -> int:

@@ -29,6 +29,7 @@ from restem.sampling.decoding import draw, draw_from_all
 from restem.sampling.graphs import Replays, rounded
 from restem.sampling.slots import BLOCK, KV
 
+_COPIED = 1 << 28  # bytes that are moved within the pool at once
 _HIDDEN = -1e30  # what nobody sees: finite, so that a lane of nothing else has no NaN
 
 
@@ -52,7 +53,9 @@ class Rows(NamedTuple):
     uniform_R: np.ndarray[Any, np.dtype[np.float64]]
 
 
-class Drawn(NamedTuple):
+class Tokens(NamedTuple):
+    """What a step has drawn, one entry a row."""
+
     tokens: list[int]
     logprobs: list[float]
 
@@ -75,7 +78,7 @@ class Deck:
         self.blocks, self.prefix, self.decoding, self.replays = blocks, prefix, decoding, replays
         self._compute, self._logits_of = compute, logits_of
         layers, self.kv_heads, _, key_size = like.keys.shape
-        shape = (layers, blocks.count, self.kv_heads, BLOCK)
+        shape = (layers, blocks.count + 1, self.kv_heads, BLOCK)  # in the last one, rows that are nobody's write
         self.keys = like.keys.new_zeros((*shape, key_size))
         self.values = like.values.new_zeros((*shape, like.values.shape[-1]))
         self.product = _product_on(like.keys.device, like.keys.dtype)
@@ -100,9 +103,11 @@ class Deck:
 
     def copy(self, moves: Sequence[Move]) -> None:
         """Copy whole blocks, from and to."""
-        source, target = torch.tensor(moves).T.contiguous().to(self.keys.device)
-        for pool in (self.keys, self.values):
-            pool.index_copy_(1, target, pool.index_select(1, source))
+        index = torch.tensor(moves).T.contiguous().to(self.keys.device)
+        size = max(1, _COPIED // (self.keys[:, :1].nbytes + self.values[:, :1].nbytes))
+        for source, target in zip(index[0].split(size), index[1].split(size), strict=True):
+            for pool in (self.keys, self.values):
+                pool.index_copy_(1, target, pool.index_select(1, source))
 
     def cell(self, at: int) -> int:
         """The first cell of a block of the pool."""
@@ -110,7 +115,7 @@ class Deck:
 
     # --- a step -------------------------------------------------------------------------------------------------------------
 
-    def step(self, rows: Rows) -> Drawn:
+    def step(self, rows: Rows) -> Tokens:
         """The next token of every row, and its log-probability: one copy there, one launch if it is recorded, one copy back."""
         count = len(rows.token_R)
         size = self._size = self._fitting(count)
@@ -118,7 +123,7 @@ class Deck:
         self._sent[:length].copy_(self._host[:length], non_blocking=True)
         self.replays.run(size, lambda: self._step(size), self._out[: 3 * size.rows].view(3, size.rows))
         out_3R = self._out[: 3 * size.rows].view(3, size.rows).cpu()[:, :count]
-        drawn = Drawn(out_3R[0].long().tolist(), out_3R[1].tolist())
+        drawn = Tokens(out_3R[0].long().tolist(), out_3R[1].tolist())
         if self._logits is not None and (beyond := out_3R[2].nonzero()[:, 0]).numel():
             self._draw_again(beyond, rows, drawn)
         return drawn
@@ -141,8 +146,7 @@ class Deck:
         row_B, start_B = blocks.row_NM[own, 0].copy(), blocks.start_N[own].copy()
         row_B[: size.own - blocks.own.high], start_B[: size.own - blocks.own.high] = -1, NOWHERE  # these are not rows' blocks
         row_B = np.where(row_B < 0, np.arange(size.own) % size.rows, row_B)
-        # Rows that are nobody's write where nobody reads.
-        nobodys = np.full(size.rows - count, self.cell(blocks.count - 1))
+        nobodys = np.full(size.rows - count, self.cell(blocks.count))
         parts = [
             _padded(rows.token_R, size.rows),
             _padded(rows.position_R, size.rows),
@@ -181,7 +185,7 @@ class Deck:
             self._logits = logits_RV.new_empty(len(self._out) // 3, logits_RV.shape[-1])
         self._logits[: len(logits_RV)].copy_(logits_RV)
 
-    def _draw_again(self, beyond: Tensor, rows: Rows, drawn: Drawn) -> None:
+    def _draw_again(self, beyond: Tensor, rows: Rows, drawn: Tokens) -> None:
         """The few rows whose nucleus is larger than the candidates. It takes one more copy there and back."""
         assert self._logits is not None
         uniform = torch.from_numpy(rows.uniform_R)[beyond]
@@ -280,7 +284,7 @@ class Lanes:
         blocks, heads, found = self.deck.blocks, self.deck.kv_heads, []
         for lanes, pool in (
             (slice(self.of_asked), pool_NKTD[: self.size.asked]),
-            (slice(self.of_asked, None), pool_NKTD[blocks.count - self.size.own :]),
+            (slice(self.of_asked, None), pool_NKTD[blocks.count - self.size.own : blocks.count]),
         ):
             if len(pool):
                 products = len(pool) * heads

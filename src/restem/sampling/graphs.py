@@ -8,7 +8,8 @@ what the operations themselves computed. Without a recorder, or when one fails, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ def recorder(device: torch.device) -> Callable[[Step], Step] | None:
     def record(step: Step) -> Step:
         with torch.cuda.device(device):
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries make their handles and workspaces per stream, and not while recording
-                step()
+            with torch.cuda.stream(stream), _refusing_to_wait():
+                step()  # libraries make their handles and workspaces per stream, and not while recording
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -81,6 +82,18 @@ def recorder(device: torch.device) -> Callable[[Step], Step] | None:
         return graph.replay
 
     return record
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Waiting for the device is an error: found before recording, since a recording that fails may leave PyTorch's memory in a
+    state that it does not recover from (pytorch#180395)."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def rounded(count: int, least: int = 16) -> int:

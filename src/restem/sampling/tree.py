@@ -88,6 +88,7 @@ class TreeSampler:
         self.end_ids = end_ids(model, renderer)
         self._on_deck = self.device.type != "cpu" if on_deck is None else on_deck
         self.lengths = Lengths()
+        self.record = recorder(self.device)
         self._like: KV | None = None
         self._rows = rows
         self._prefix: tuple[tuple[int, ...], Prefix] | None = None
@@ -199,7 +200,7 @@ class TreeSampler:
             return SlotFlight(self, prefix, prompts, queue, decoding, stream, pace)
         plan = self._plan(prompts, queue, prefix, decoding)
         pace = Pace(self._rows or self._first, plan.rows, found=self._found)
-        replays = Replays(recorder(self.device), self.say)
+        replays = Replays(self.record, self.say)
         args = (self, prefix, prompts, queue, decoding, stream, pace)
         return DeckFlight(*args, blocks=Blocks(plan.blocks, plan.seats), share=plan.share, replays=replays)
 

@@ -247,12 +247,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     flat = [*_leaves(args), *_leaves(kwargs.values())]
     ours = [x for x in flat if isinstance(x, PretendTensor)]
     name = func.overloadpacket.__name__
-    if ours and name not in _KEPT_WHOLE and _is_composite(func):
+    device = kwargs.get("device")
+    if (ours or _is_ours(device)) and name not in _KEPT_WHOLE and _is_composite(func):
         with _Again():
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
-    device = kwargs.get("device")
     leaves = bool(ours) and device is not None and not _is_ours(device)
     if not ours and not _is_ours(device):
         with torch._C._DisableTorchDispatch():

@@ -17,6 +17,7 @@ from restem.memory import free_bytes, is_out_of_memory
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, TreeSampler
 from restem.sampling.blocks import Blocks
+from restem.sampling.deck_flight import DeckFlight
 from restem.sampling.graphs import Replays, rounded
 from restem.sampling.room import Lengths, Needs
 from restem.types import Problem, Sample
@@ -234,21 +235,22 @@ def test_sizes_are_few_and_never_a_third_too_large() -> None:
 
 
 def test_a_full_pool_sends_the_youngest_rows_back_and_they_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of 150 tokens where 75 were expected, in a pool that holds three of them."""
+    """Samples of 130 tokens where 65 were expected, in a pool of 13 blocks."""
     model, stage = tiny(), problems(4)
-    owed, decoding = owe(stage, 4), Decoding(temperature=1.2, max_tokens=150)
+    owed, decoding = owe(stage, 3), Decoding(temperature=1.2, max_tokens=130)
     expected = draw(model, few_shot(), stage, owed, decoding)
-    seen: list[int] = []
-    own = TreeSampler.forward
+    back: list[int] = []
+    own = DeckFlight._give_back
 
-    def forward(self: TreeSampler, ids: torch.Tensor, positions: torch.Tensor, attends: Any) -> torch.Tensor:
-        seen.append(len(ids))
-        return own(self, ids, positions, attends)
+    def give_back(flight: DeckFlight) -> None:
+        back.append(len(flight.rows))
+        own(flight)
 
-    monkeypatch.setattr(TreeSampler, "forward", forward)
-    block = 64 * 3 * 2 * 2 * 8 * 4
+    monkeypatch.setattr(DeckFlight, "_give_back", give_back)
+    block = sampler(model, few_shot()).model.config.num_hidden_layers * 2 * 64 * 2 * 8 * 4
     monkeypatch.setattr("restem.sampling.tree.free_bytes", lambda device: 2 * 13 * block)
     assert draw(model, few_shot(), stage, owed, decoding) == expected
+    assert back
 
 
 def test_a_pool_for_not_even_one_sample_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 import tiny_models
 from plain_flex import flex_as_one_launch
-from pretend_gpu import PretendTensor, pretend_gpu
+from pretend_gpu import Counts, PretendGPU, PretendTensor, pretend_gpu
 from restem.compatibility import tree_attention
 from restem.sampling import Decoding, Owed, TreeSampler
+from restem.sampling.deck import Deck
+from restem.sampling.deck_flight import DeckFlight
 from restem.training.batches import make_packs, shared_prompt
 from restem.training.loss import PackLoss, SharedPrompt, log_likelihoods
 from test_tree_trainer import SOME
@@ -103,6 +106,85 @@ def test_one_function_can_count_as_one_kernel() -> None:
         # Nothing reads what the last layer makes of the shared prompt; its keys and values do not pass here.
         assert counts.launches["attention backward"] == (packs + 1) * layers - 1
         assert distance(found, expected) < 2e-5
+
+
+# --- what a decoding step asks of the device --------------------------------------------------------------------------------
+
+
+def steps(gpu: PretendGPU, name: str, decoding: Decoding) -> list[Counts]:
+    """The counts of the decoding steps of one stage."""
+    found: list[Counts] = []
+    own = DeckFlight._step
+
+    def step(flight: DeckFlight) -> None:
+        with gpu.counting() as counts:
+            own(flight)
+        found.append(counts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeckFlight, "_step", step)
+        draw(gpu.place(tiny_models.tiny(name)), decoding)
+    return found
+
+
+@pytest.mark.parametrize("decoding", DECODINGS, ids=str)
+def test_a_step_takes_one_copy_there_and_one_back_and_waits_for_nothing_else(decoding: Decoding) -> None:
+    with pretend_gpu() as gpu:
+        for counts in steps(gpu, "llama", decoding):
+            assert (counts.to_device, counts.from_device) == (1, 1)
+            assert counts.waits == {"from the device": 1}
+
+
+def test_a_step_launches_58_operations_a_layer_and_as_many_besides() -> None:
+    """Where steps cannot be recorded: 69 a layer on the path for a CPU, with one block of own tokens. The model's own modules
+    are 32 of them."""
+    with pretend_gpu() as gpu:
+        three, two = (steps(gpu, name, DECODINGS[0])[-1].launches.total() for name in ("llama", "llama-tied"))
+        assert three - two == 58
+        assert two - 2 * 58 < 70
+
+
+def test_computed_problems_are_kept_with_one_copy_to_the_device_whatever_their_number() -> None:
+    found: list[Counts] = []
+    own = Deck.write
+    with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+
+        def write(deck: Deck, *args: Any) -> None:
+            with gpu.counting() as counts:
+                own(deck, *args)
+            found.append(counts)
+
+        patch.setattr(Deck, "write", write)
+        draw(gpu.place(tiny_models.tiny()), DECODINGS[0])
+        (counts,) = found  # three problems, once
+        assert (counts.to_device, counts.from_device, counts.waits) == (1, 0, {})
+
+
+@pytest.mark.parametrize("decoding", DECODINGS[:2], ids=str)
+def test_a_step_of_a_size_touches_the_same_memory_each_time(decoding: Decoding) -> None:
+    """What a recorded step relies on: whatever was there before the step lies where it lay."""
+    touched: list[set[int]] = []
+    with pretend_gpu() as gpu:
+
+        def record(step: Callable[[], None]) -> Callable[[], None]:
+            sets: list[set[int]] = []
+            touched.append(set())
+
+            def replay() -> None:
+                with gpu.watching() as addresses:
+                    step()
+                sets.append(set(addresses))
+                assert sets[0] == sets[-1]
+                touched[-1] |= addresses
+
+            return replay
+
+        stage = problems(3)
+        sampler = TreeSampler(gpu.place(tiny_models.tiny()), few_shot(), rows=16)
+        sampler.record = record
+        owed = [Owed(problem.id, index) for problem in stage for index in range(3)]
+        assert len(list(sampler.sample(stage, owed, decoding, stream="s"))) == 9
+    assert touched and all(touched)
 
 
 # --- the same results -------------------------------------------------------------------------------------------------------

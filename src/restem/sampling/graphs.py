@@ -7,6 +7,7 @@ what the operations themselves computed. Without a recorder, or when one fails, 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -89,7 +90,9 @@ def _refusing_to_wait() -> Iterator[None]:
     """Waiting for the device is an error: found before recording, since a recording that fails may leave PyTorch's memory in a
     state that it does not recover from (pytorch#180395)."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not find everything
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -100,3 +103,9 @@ def rounded(count: int, least: int = 16) -> int:
     """The next power of two, or the middle between two: so that sizes are few, and at most a third is empty."""
     size = max(least, 1 << max(0, count - 1).bit_length())
     return max(least, size * 3 // 4) if count <= size * 3 // 4 else size
+
+
+def rounded_down(count: int) -> int:
+    """The largest of these sizes that is not larger than `count`."""
+    size = (1 << count.bit_length()) >> 1
+    return size * 3 // 2 if size * 3 // 2 <= count else size

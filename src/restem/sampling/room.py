@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from restem.sampling.flight import ROW_ALIGN
-from restem.sampling.graphs import rounded
+from restem.sampling.graphs import rounded_down
 
 _GUESS = 0.5  # of the longest possible: the length expected before any has been seen
 _ENOUGH = 32  # finished samples from which their lengths are believed
@@ -64,9 +63,7 @@ class Needs:
         share = self.asked / self.sharing
         affordable = free // 2 // self.block
         rows = min(wanted, int(affordable / (self.expected + share)), free // 4 // self.row)
-        if rows < wanted:  # what is recorded for a size had better be full
-            rows = rounded(rows) if rounded(rows) <= rows else rounded(rows * 2 // 3)
-        rows = max(min(ROW_ALIGN, wanted), rows)
+        rows = max(1, rows if rows == wanted else rounded_down(rows))  # what is recorded for a size had better be full
         # Questions are computed some ahead of the rows that will sit at them.
         most = 1 + rows * self.longest + (-(-rows // self.sharing) + 64) * self.asked
         return Plan(rows, min(affordable, most), seats, share)

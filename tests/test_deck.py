@@ -14,7 +14,7 @@ import torch
 import tiny_models
 from restem.errors import RestemError
 from restem.memory import free_bytes, is_out_of_memory
-from restem.prompts import Renderer
+from restem.prompts import Exemplar, Prompt, Renderer
 from restem.sampling import Decoding, Owed, TreeSampler
 from restem.sampling.blocks import Blocks
 from restem.sampling.deck_flight import DeckFlight
@@ -137,6 +137,16 @@ def test_rows_that_end_at_once_are_replaced() -> None:
     assert len(found) == 400
     assert found == draw(model, few_shot(), stage, owed, decoding, on_deck=False, rows=64)
     assert min(map(len, found.values())) == 0 and max(map(len, found.values())) > 64
+
+
+def test_what_fills_a_pack_stays_within_the_context() -> None:
+    """GPT-2 has a table of positions, here of 512: the prompts share 430 tokens, and a pack is filled up to 256."""
+    model, stage = tiny("gpt2"), problems(4)
+    exemplar = Exemplar(question="2 + 5?", solution="2 + 5 = 7. " * 33 + "The answer is 7.")
+    renderer = Renderer(Prompt(instruction="Add the numbers.", exemplars=(exemplar,)), tiny_models.tokenizer())
+    assert 400 < len(renderer.encode(stage[0])) < 512 - 16
+    owed = owe(stage, 2)
+    assert draw(model, renderer, stage, owed, PAPER) == draw(model, renderer, stage, owed, PAPER, on_deck=False)
 
 
 # --- number formats ---------------------------------------------------------------------------------------------------------

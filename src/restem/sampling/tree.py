@@ -161,7 +161,9 @@ class TreeSampler:
         """Keys and values, last hidden states, and the texts' nodes. `padded`: tokens to compute for so many."""
         tree = Tree(prefix.length)
         numbers = [tree.add(text) for text in texts]
-        tree.add([0] * (padded(len(tree.tokens)) - len(tree.tokens)))  # nobody's child: it only fills the rows
+        fill, longest = padded(len(tree.tokens)) - len(tree.tokens), max(map(len, texts))
+        for start in range(0, fill, longest):  # nobody's children: they only fill the rows, and reach no further than the texts
+            tree.add([0] * min(longest, fill - start))
         capture = Capture(PackAttention(AttentionPlan.of(tree, self.device), prefix.by_layer()))
         ids, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
         hidden = self.forward(ids, positions, capture)[0]

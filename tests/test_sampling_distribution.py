@@ -24,8 +24,8 @@ LOGITS = torch.full((VOCABULARY, VOCABULARY), -40.0)
 LOGITS[10:40, :] = 2.0 * torch.randn(30, VOCABULARY, generator=torch.Generator().manual_seed(3))
 
 
-def sampler() -> TreeSampler:
-    return TreeSampler(bigram(LOGITS), few_shot())
+def sampler(*, on_deck: bool = False) -> TreeSampler:
+    return TreeSampler(bigram(LOGITS), few_shot(), on_deck=on_deck)
 
 
 def truncated(column: int, decoding: Decoding) -> torch.Tensor:
@@ -59,6 +59,7 @@ def assert_follows(found: Counter[int], expected: Callable[[int], float], total:
     assert statistic < chi2.ppf(0.999, max(1, len(cells) - 1))
 
 
+@pytest.mark.parametrize("on_deck", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize(
     "decoding",
     [
@@ -71,11 +72,11 @@ def assert_follows(found: Counter[int], expected: Callable[[int], float], total:
     ],
     ids=str,
 )
-def test_promise_5_sampled_tokens_follow_the_exact_truncated_distribution(decoding: Decoding) -> None:
+def test_promise_5_sampled_tokens_follow_the_exact_truncated_distribution(decoding: Decoding, on_deck: bool) -> None:
     """Promise 5: of the first token, and of the second given the likeliest first one."""
     stage = [Problem(id="p", question="Q")]
     owed = [Owed("p", index) for index in range(4000)]
-    pairs = [sample.token_ids for sample in sampler().sample(stage, owed, decoding, stream="s")]
+    pairs = [sample.token_ids for sample in sampler(on_deck=on_deck).sample(stage, owed, decoding, stream="s")]
     first = truncated(vocabulary()[":"], decoding)
     assert_follows(Counter(a for a, _ in pairs), lambda token: first[token].item(), 4000)
     likeliest = int(first.argmax())

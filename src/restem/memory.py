@@ -31,6 +31,14 @@ def free_bytes(device: torch.device) -> int:
     return max(0, free)
 
 
+def hand_back(device: torch.device) -> None:
+    """Let others have the memory of a GPU that PyTorch keeps and does not use."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error of torch says that memory ran out, on whatever device."""
     import torch

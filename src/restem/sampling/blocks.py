@@ -1,4 +1,4 @@
-"""Which block of keys and values is whose, in a pool of fixed size: the bookkeeping of `restem.sampling.deck`, without tensors.
+"""Which block of keys and values is whose, in a pool of fixed size: the bookkeeping of `restem.sampling.pool`, without tensors.
 
 A block holds 64 tokens. Questions take blocks from the bottom of the pool, rows from its top, each the nearest free one: what
 is in use stands together at both ends, where it is read in place. Holes are closed by moving the farthest blocks into them.

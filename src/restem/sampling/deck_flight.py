@@ -20,6 +20,7 @@ from restem.sampling.blocks import Blocks, Ints
 from restem.sampling.deck import Deck, Rows
 from restem.sampling.flight import Flight, Row, compact
 from restem.sampling.graphs import Replays
+from restem.sampling.pool import Pool
 from restem.sampling.slots import BLOCK
 
 _PREFILL_TOKENS = 4096
@@ -90,11 +91,11 @@ class DeckFlight(Flight):
         self.blocks, self.computed, self.numbers = blocks, deque[Question](), Numbers(self.pace.most)
         self._allowed = self.pace.most  # rows, after the pool was full
         sampler = self.sampler
+        self.pool = Pool(blocks.count, sampler.like(), self.prefix.transposed)
         self.deck = Deck(
+            self.pool,
             blocks,
             self.pace.most,
-            sampler.like(),
-            self.prefix.transposed,
             self.decoding,
             sampler.forward,
             lambda hidden: logits_of(sampler.model, hidden),
@@ -149,7 +150,7 @@ class DeckFlight(Flight):
         """One more block for a row."""
         row, numbers = self.rows[place], self.numbers
         at = self.blocks.take_own(row.blocks, place, int(numbers.position_R[place]))
-        numbers.cell_R[place] = self.deck.cell(at)
+        numbers.cell_R[place] = self.pool.cell(at)
         first = numbers.held_R[place] * BLOCK
         numbers.held_R[place] += 1
         part = row.uniform[first : first + BLOCK]
@@ -161,7 +162,7 @@ class DeckFlight(Flight):
             return False
         full, question.group = question.group, self._group(question.stored)
         if full.blocks:
-            self.deck.copy(list(zip(full.blocks, question.group.blocks, strict=True)))
+            self.pool.copy(list(zip(full.blocks, question.group.blocks, strict=True)))
         full.question, question.group.question = None, question
         self._free(full)
         return True
@@ -207,10 +208,10 @@ class DeckFlight(Flight):
     def _has_room(self, wanted: int) -> bool:
         """Whether so many blocks can be taken now; holes are closed for it."""
         if self.blocks.is_scattered(wanted) and (moves := self.blocks.tidy()):
-            self.deck.copy(moves)
+            self.pool.copy(moves)
             for place, row in enumerate(self.rows):
                 within = self.numbers.place_R[place] - (self.numbers.held_R[place] - 1) * BLOCK
-                self.numbers.cell_R[place] = self.deck.cell(self.blocks.at(row.blocks[-1])) + within
+                self.numbers.cell_R[place] = self.pool.cell(self.blocks.at(row.blocks[-1])) + within
         return wanted <= self.blocks.free
 
     def _give_back(self) -> None:
@@ -256,10 +257,10 @@ class DeckFlight(Flight):
         sources, cells = list[int](), list[int]()
         for question, start in zip(batch, starts, strict=True):
             sources += [*range(rest), *range(rest + start, start + question.stored)]
-            first = [self.deck.cell(block) for block in question.group.blocks]
+            first = [self.pool.cell(block) for block in question.group.blocks]
             cells += [first[place // BLOCK] + place % BLOCK for place in range(question.stored)]
         if kv is not None:
-            self.deck.write(kv, sources, cells)
+            self.pool.write(kv, sources, cells)
         self.computed.extend(batch)
         return True
 

@@ -128,7 +128,12 @@ def _draw_from_candidates(logits_RV: Tensor, uniform_R: Tensor, decoding: Decodi
 
 
 def draw_from_all(logits_RV: Tensor, uniform_R: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probabilities by top-p and min-p over rows that are sorted whole."""
+    """Tokens and log-probabilities by top-p and min-p over rows that are sorted whole, a few at a time."""
+    size = max(1, _BYTES // (16 * logits_RV.shape[-1]))
+    if len(logits_RV) > size:
+        pairs = zip(logits_RV.split(size), uniform_R.split(size), strict=True)
+        token, logprob = zip(*(draw_from_all(*pair, decoding) for pair in pairs), strict=True)
+        return torch.cat(token), torch.cat(logprob)
     scaled_RV = logits_RV.float() / decoding.temperature
     value_RV, id_RV = scaled_RV.sort(descending=True)
     token_R = _pick(value_RV, id_RV, uniform_R, decoding, mass_R=torch.logsumexp(scaled_RV, -1))

@@ -23,7 +23,7 @@ from torch import Tensor
 from restem.attention import AttentionPlan, Capture, PackAttention
 from restem.compatibility import refuse_unsupported, tree_attention
 from restem.errors import RestemError
-from restem.memory import free_bytes, is_out_of_memory, keep_freed_memory
+from restem.memory import free_bytes, hand_back, is_out_of_memory, keep_freed_memory
 from restem.models import end_ids, logits_of
 from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, by_problem, check_lengths
@@ -125,7 +125,9 @@ class TreeSampler:
                     queue = queue if flight is None else flight.owed()  # those in flight begin again, and come out the same
                     traceback.clear_frames(error.__traceback__)  # they hold the tensors of the rows
                     problem = error
-                flight = None
+                finally:
+                    flight = None
+                    hand_back(self.device)
                 self._rows = self._fewer_rows(problem, rows)
 
     def forward(self, tokens: Tensor, positions: Tensor, attends: Any) -> Tensor:
@@ -272,8 +274,6 @@ class TreeSampler:
 
     def _fewer_rows(self, error: RuntimeError, rows: int) -> int:
         """Half the rows that were in flight when memory ran out."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         if rows // 2 < ROW_ALIGN:
             raise RestemError(
                 f"memory is not enough for {max(rows, ROW_ALIGN)} samples in flight. Lower generate.max_tokens, use fewer "

@@ -139,6 +139,25 @@ def test_rows_that_end_at_once_are_replaced() -> None:
     assert min(map(len, found.values())) == 0 and max(map(len, found.values())) > 64
 
 
+def test_rows_go_on_where_their_blocks_are_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples end at any time by one of six end tokens; towards the end, the blocks that are left move together."""
+    model, stage = tiny(), problems()
+    model.generation_config.eos_token_id = [20, 40, 60, 80, 100]
+    moved: list[int] = []
+    own = Blocks.tidy
+
+    def tidy(blocks: Blocks) -> Any:
+        moves = own(blocks)
+        moved.append(sum(target >= blocks.count // 2 for _, target in moves))
+        return moves
+
+    monkeypatch.setattr(Blocks, "tidy", tidy)
+    decoding = Decoding(temperature=1.5, max_tokens=70)
+    found = draw(model, few_shot(), stage, owe(stage, 10), decoding)
+    assert found == draw(model, few_shot(), stage, owe(stage, 10), decoding, on_deck=False)
+    assert sum(moved) > 10
+
+
 def test_what_fills_a_pack_stays_within_the_context() -> None:
     """GPT-2 has a table of positions, here of 512: the prompts share 430 tokens, and a pack is filled up to 256."""
     model, stage = tiny("gpt2"), problems(4)

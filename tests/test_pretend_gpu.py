@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ from pretend_gpu import Counts, PretendGPU, PretendTensor, pretend_gpu
 from restem.compatibility import tree_attention
 from restem.sampling import Decoding, Owed, TreeSampler
 from restem.sampling.deck_flight import DeckFlight
-from restem.sampling.pool import Pool
 from restem.training.batches import make_packs, shared_prompt
 from restem.training.loss import PackLoss, SharedPrompt, log_likelihoods
+from restem.types import Problem
 from test_tree_trainer import SOME
 from tiny_models import few_shot, one_thread, problems  # noqa: F401
 
@@ -31,8 +31,7 @@ DECODINGS = [
 ]
 
 
-def draw(model: Any, decoding: Decoding) -> dict[tuple[str, int], tuple[int, ...]]:
-    stage = problems(3)
+def draw(model: Any, decoding: Decoding, stage: Sequence[Problem] = problems(3)) -> dict[tuple[str, int], tuple[int, ...]]:
     owed = [Owed(problem.id, index) for problem in stage for index in range(3)]
     samples = TreeSampler(model, few_shot(), rows=16).sample(stage, owed, decoding, stream="s")
     return {(sample.problem_id, sample.index): sample.token_ids for sample in samples}
@@ -111,26 +110,27 @@ def test_one_function_can_count_as_one_kernel() -> None:
 # --- what a decoding step asks of the device --------------------------------------------------------------------------------
 
 
-def steps(gpu: PretendGPU, name: str, decoding: Decoding) -> list[Counts]:
-    """The counts of the decoding steps of one stage."""
+def counted(gpu: PretendGPU, method: str, decoding: Decoding, *, model: str = "llama", stage: int = 3) -> list[Counts]:
+    """The counts of each call of a method of `DeckFlight`, while a stage of so many problems is drawn."""
     found: list[Counts] = []
-    own = DeckFlight._step
+    own = getattr(DeckFlight, method)
 
-    def step(flight: DeckFlight) -> None:
+    def called(flight: DeckFlight) -> Any:
         with gpu.counting() as counts:
-            own(flight)
+            answer = own(flight)
         found.append(counts)
+        return answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeckFlight, "_step", step)
-        draw(gpu.place(tiny_models.tiny(name)), decoding)
+        patch.setattr(DeckFlight, method, called)
+        draw(gpu.place(tiny_models.tiny(model)), decoding, problems(stage))
     return found
 
 
 @pytest.mark.parametrize("decoding", DECODINGS, ids=str)
 def test_a_step_takes_one_copy_there_and_one_back_and_waits_for_nothing_else(decoding: Decoding) -> None:
     with pretend_gpu() as gpu:
-        for counts in steps(gpu, "llama", decoding):
+        for counts in counted(gpu, "_step", decoding):
             assert (counts.to_device, counts.from_device) == (1, 1)
             assert counts.waits == {"from the device": 1}
 
@@ -138,25 +138,18 @@ def test_a_step_takes_one_copy_there_and_one_back_and_waits_for_nothing_else(dec
 def test_a_step_launches_58_operations_a_layer_and_as_many_besides() -> None:
     """Where steps cannot be recorded. 25 a layer are attention's, whatever the rows' lengths."""
     with pretend_gpu() as gpu:
-        three, two = (steps(gpu, name, DECODINGS[0])[-1].launches.total() for name in ("llama", "llama-tied"))
+        three, two = (counted(gpu, "_step", DECODINGS[0], model=name)[-1].launches.total() for name in ("llama", "llama-tied"))
         assert three - two == 58
         assert two - 2 * 58 < 70
 
 
-def test_computed_problems_are_kept_with_one_copy_to_the_device_whatever_their_number() -> None:
-    found: list[Counts] = []
-    own = Pool.write
-    with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
-
-        def write(pool: Pool, *args: Any) -> None:
-            with gpu.counting() as counts:
-                own(pool, *args)
-            found.append(counts)
-
-        patch.setattr(Pool, "write", write)
-        draw(gpu.place(tiny_models.tiny()), DECODINGS[0])
-        (counts,) = found  # three problems, once
-        assert (counts.to_device, counts.from_device, counts.waits) == (1, 0, {})
+@pytest.mark.parametrize("stage", [2, 5])
+def test_admitting_problems_takes_four_copies_whatever_their_number_and_waits_for_nothing(stage: int) -> None:
+    """Their tokens, positions, who sees whom, and where their keys are kept."""
+    with pretend_gpu() as gpu:
+        first, *later = counted(gpu, "_admit", DECODINGS[0], stage=stage)
+        assert (first.to_device, first.from_device, first.waits) == (4, 0, {})
+        assert not any(counts.launches for counts in later)
 
 
 @pytest.mark.parametrize("decoding", DECODINGS[:2], ids=str)

@@ -18,9 +18,8 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         import torch
 
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # kept by PyTorch for its next tensors
+        # What PyTorch keeps for its next tensors is free, too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     import psutil
 

@@ -23,7 +23,7 @@ from restem.sampling.graphs import Replays
 from restem.sampling.pool import Pool
 from restem.sampling.slots import BLOCK
 
-_PREFILL_TOKENS = 4096
+_PREFILL_TOKENS = 2048  # of questions in a pack, whose attention has a dense mask
 
 
 @dataclass(slots=True, eq=False)

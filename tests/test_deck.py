@@ -263,10 +263,13 @@ def test_sizes_are_few_and_never_a_third_too_large() -> None:
 # --- room -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_pool_sends_the_youngest_rows_back_and_they_come_out_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "each"), [(4, 3), (2, 7)], ids=["few a problem", "many a problem"])
+def test_a_full_pool_sends_the_youngest_rows_back_and_they_come_out_the_same(
+    monkeypatch: pytest.MonkeyPatch, count: int, each: int
+) -> None:
     """Samples of 130 tokens where 65 were expected, in a pool of 13 blocks."""
-    model, stage = tiny(), problems(4)
-    owed, decoding = owe(stage, 3), Decoding(temperature=1.2, max_tokens=130)
+    model, stage = tiny(), problems(count)
+    owed, decoding = owe(stage, each), Decoding(temperature=1.2, max_tokens=130)
     expected = draw(model, few_shot(), stage, owed, decoding)
     back: list[int] = []
     own = DeckFlight._give_back
@@ -289,8 +292,17 @@ def test_a_pool_for_not_even_one_sample_is_an_error_that_says_what_to_do(monkeyp
         draw(tiny(), few_shot(), stage, owe(stage, 2), Decoding(max_tokens=300))
 
 
+def test_the_memory_of_the_pool_is_stated_before_anything_is_drawn() -> None:
+    """40 samples of 16 tokens with 5 problems: each a block, and as many for questions, some of them computed ahead."""
+    said: list[str] = []
+    stage = problems(5)
+    next(sampler(tiny(), few_shot(), say=said.append).sample(stage, owe(stage, 8), PAPER, stream="s"))
+    (text,) = said
+    assert text.startswith("at most 40 samples in flight: 0.00 GB of keys and values, enough for answers of ")
+
+
 def test_rows_are_planned_at_the_lengths_seen_so_far() -> None:
-    needs = {"block": 1000, "row": 1, "longest": 32, "asked": 2, "sharing": 32}
+    needs: dict[str, Any] = {"block": 1000, "row": 1, "longest": 32, "asked": [1, 3] * 50, "samples": 3200}
     lengths = Lengths()
     assert lengths.expected(2048) == 1024  # nothing seen: half of the longest
     for _ in range(100):
@@ -300,8 +312,11 @@ def test_rows_are_planned_at_the_lengths_seen_so_far() -> None:
     short = Needs(expected=4, **needs).plan(2_000_000, 4096, least_seats=1)
     assert (long.blocks, short.blocks) == (1000, 1000)
     assert (long.rows, short.rows) == (48, 192)  # 62 and 246 would fit; a full size is better
-    everything = Needs(expected=4, **needs).plan(10**9, 100, least_seats=1)
-    assert everything.rows == 100 and everything.blocks == 1 + 100 * 32 + (4 + 64) * 2
+    assert (short.seats, short.share) == (32, 2 / 32)
+    whole = Needs(expected=4, **needs).plan(
+        10**9, 320, least_seats=1
+    )  # ten questions, the other ninety ahead, one as the longest
+    assert (whole.rows, whole.blocks) == (320, 320 * 32 + (10 + 100) * 2 + 3)
 
 
 def test_blocks_are_found_where_their_lists_say_whatever_comes_and_goes() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from restem.sampling.flight import SEATS
 from restem.sampling.graphs import rounded_down
 
 _GUESS = 0.5  # of the longest possible: the length expected before any has been seen
 _ENOUGH = 32  # finished samples from which their lengths are believed
+_AHEAD = 128  # questions that are computed and wait for rows
 _MARGIN = 1.25  # those that finish first are the short ones
 
 
@@ -52,18 +56,19 @@ class Needs:
     """Blocks of the longest possible sample."""
     expected: int
     """Blocks of one as long as those seen so far."""
-    asked: int
-    """Blocks of the longest question."""
-    sharing: int
-    """Samples that have one question in common."""
+    asked: Sequence[int]
+    """Blocks of each question."""
+    samples: int
+    """All that are owed."""
 
     def plan(self, free: int, wanted: int, *, least_seats: int) -> Plan:
         """For so many free bytes, and so many rows at most: half of the memory for keys and values, a quarter for logits."""
-        seats = 1 << (max(least_seats, self.sharing) - 1).bit_length()
-        share = self.asked / self.sharing
+        asked = sum(self.asked) / len(self.asked)
+        sharing = min(SEATS, -(-self.samples // len(self.asked)))
+        seats, share = 1 << (max(least_seats, sharing) - 1).bit_length(), asked / sharing
         affordable = free // 2 // self.block
         rows = min(wanted, int(affordable / (self.expected + share)), free // 4 // self.row)
         rows = max(1, rows if rows == wanted else rounded_down(rows))  # what is recorded for a size had better be full
         # Questions are computed some ahead of the rows that will sit at them.
-        most = 1 + rows * self.longest + (-(-rows // self.sharing) + 64) * self.asked
-        return Plan(rows, min(affordable, most), seats, share)
+        questions = math.ceil((rows / sharing + min(len(self.asked), _AHEAD)) * asked) + max(self.asked)
+        return Plan(rows, min(affordable, rows * self.longest + questions), seats, share)

@@ -29,7 +29,7 @@ from restem.prompts import Renderer
 from restem.sampling import Decoding, Owed, by_problem, check_lengths
 from restem.sampling.blocks import Blocks
 from restem.sampling.deck_flight import DeckFlight
-from restem.sampling.flight import ROW_ALIGN, SEATS, Flight, Pace
+from restem.sampling.flight import ROW_ALIGN, Flight, Pace
 from restem.sampling.graphs import Replays, recorder, rounded
 from restem.sampling.packed import PackedLinears
 from restem.sampling.room import Lengths, Needs, Plan
@@ -247,12 +247,12 @@ class TreeSampler:
             row=self.model.get_input_embeddings().num_embeddings * self.dtype.itemsize * (2 if decoding.top_k == 0 else 1),
             longest=-(-min(decoding.max_tokens, self.context) // BLOCK),
             expected=-(-self.lengths.expected(min(decoding.max_tokens, self.context)) // BLOCK),
-            asked=max(asked),
-            sharing=min(SEATS, max(len(indices) for indices in queue.values())),
+            asked=asked,
+            samples=sum(map(len, queue.values())),
         )
         free = free_bytes(self.device)
-        plan = needs.plan(free, min(self._rows or 4096, sum(map(len, queue.values()))), least_seats=self.least_seats)
-        if plan.blocks < 1 + needs.asked + needs.longest:
+        plan = needs.plan(free, min(self._rows or 4096, needs.samples), least_seats=self.least_seats)
+        if plan.blocks < max(asked) + needs.longest:
             raise torch.OutOfMemoryError(
                 f"out of memory: {free / 1e9:.2f} GB free, and one sample does not fit into half of it"
             )

@@ -163,8 +163,10 @@ class TreeSampler:
         """Keys and values, last hidden states, and the texts' nodes. `padded`: tokens to compute for so many."""
         tree = Tree(prefix.length)
         numbers = [tree.add(text) for text in texts]
-        fill, longest = padded(len(tree.tokens)) - len(tree.tokens), max(map(len, texts))
-        for start in range(0, fill, longest):  # nobody's children: they only fill the rows, and reach no further than the texts
+        # Nobody's children: they only fill the rows. Many are to reach no further in the context than the texts do.
+        fill = padded(len(tree.tokens)) - len(tree.tokens)
+        longest = max(map(len, texts)) if fill >= ROW_ALIGN else ROW_ALIGN
+        for start in range(0, fill, longest):
             tree.add([0] * min(longest, fill - start))
         capture = Capture(PackAttention(AttentionPlan.of(tree, self.device), prefix.by_layer()))
         ids, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
@@ -184,7 +186,7 @@ class TreeSampler:
                 tokens, positions = (torch.tensor([values], device=self.device) for values in (tree.tokens, tree.positions))
                 self.forward(tokens, positions, capture)
                 kv = _stacked(capture)
-                apart = len(ids) // (8 if self._on_deck else 1) * (8 if self._on_deck else 1)
+                apart = len(ids) - len(ids) % (8 if self._on_deck else 1)
                 prefix = Prefix(len(ids), kv, apart if apart >= BLOCK else 0)
             else:
                 prefix = Prefix(0, None)

@@ -316,7 +316,7 @@ def test_rows_are_planned_at_the_lengths_seen_so_far() -> None:
     whole = Needs(expected=4, **needs).plan(
         10**9, 320, least_seats=1
     )  # ten questions, the other ninety ahead, one as the longest
-    assert (whole.rows, whole.blocks) == (320, 320 * 32 + (10 + 100) * 2 + 3)
+    assert (whole.rows, whole.blocks) == (320, 320 * 8 + (10 + 100) * 2 + 3)
 
 
 def test_blocks_are_found_where_their_lists_say_whatever_comes_and_goes() -> None:

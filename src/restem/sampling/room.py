@@ -71,4 +71,6 @@ class Needs:
         rows = max(1, rows if rows == wanted else rounded_down(rows))  # what is recorded for a size had better be full
         # Questions are computed some ahead of the rows that will sit at them.
         questions = math.ceil((rows / sharing + min(len(self.asked), _AHEAD)) * asked) + max(self.asked)
-        return Plan(rows, min(affordable, rows * self.longest + questions), seats, share)
+        # All at once are rarely twice as long as expected; if they are, some begin again.
+        own = max(self.longest, rows * min(self.longest, 2 * self.expected))
+        return Plan(rows, min(affordable, own + questions), seats, share)

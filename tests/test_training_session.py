@@ -21,12 +21,12 @@ import transformers
 from restem import models
 from restem.compatibility import own_logits
 from restem.errors import RestemError
+from restem.processes import Processes
 from restem.sampling import Decoding, Owed, TreeSampler
-from restem.training import Interval, TreeTrainer, checkpoints, lora
+from restem.training import Interval, TreeTrainer, checkpoints
 from restem.training.batches import make_packs, plan_steps
 from restem.training.budget import fitting
 from restem.training.loss import log_likelihoods
-from restem.training.processes import Processes
 from restem.training.session import Session
 from restem.types import Example
 from test_tree_trainer import SOME, distance, random_tree, row_gradients, settings, stored, timeless, train, weights_of
@@ -389,7 +389,8 @@ def test_a_merge_that_changes_the_model_is_refused(tmp_path: Path, monkeypatch: 
             parameter.fill_(0.3)
     monkeypatch.setattr(type(session.adapted), "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(RestemError, match=r"merged into the weights is not the trained model: its logits differ by \d"):
-        lora.merged(session.adapted, torch.float32)
+        session.write_interval(tmp_path, 1, {})
+    assert not (tmp_path / "interval-1").exists()
 
 
 # --- what is sampled and scored in between -----------------------------------------------------------------------------------

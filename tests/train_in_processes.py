@@ -17,7 +17,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     start, directory, changes = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     examples: Any = SOME if changes.pop("examples", None) else random_tree(branches=(1,) * 30, longest=6, seed=11)
-    with only_the_first_process_goes_on() as is_first:
+    with only_the_first_process_goes_on("cpu") as is_first:
         if is_first:
             print("begins", flush=True)
             list(TreeTrainer(settings(**changes)).train(start, examples, directory, stream="s"))

@@ -4,14 +4,17 @@ for the toy; the loop sees neither."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from restem import sampling, toy, training
 from restem.config import Recipe
 from restem.errors import RestemError
+from restem.processes import of_this_run
 from restem.prompts import Prompt, Renderer
 from restem.sampling import Sampler
+from restem.sampling.shared_out import SharedSampler
 from restem.selection import Renders, example_of
 from restem.training import Trainer
 from restem.tree import shared_length
@@ -58,7 +61,10 @@ def open_backend(recipe: Recipe, prompt: Prompt, home: Path, say: Callable[[str]
 
 
 class HFBackend:
-    """A Hugging Face decoder: tree sampler, tree trainer. Holds at most one model for sampling."""
+    """A Hugging Face decoder: tree sampler, tree trainer. Holds at most one model for sampling.
+
+    With several processes the first one's samplers are drawn from in all of them.
+    """
 
     def __init__(self, recipe: Recipe, prompt: Prompt, say: Callable[[str], None]) -> None:
         from restem import models
@@ -97,6 +103,13 @@ class HFBackend:
         return fit.before_training(self.recipe, self.base, work, torch.device(self.device), self.say)
 
     def open_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
+        own, processes = partial(self.open_own_sampler, model, prompt), of_this_run()
+        if processes.count == 1:
+            return own()
+        return SharedSampler(own, partial(_open_elsewhere, self.recipe, self.renderer.prompt, model, prompt), processes)
+
+    def open_own_sampler(self, model: str, prompt: Prompt | None = None) -> Sampler:
+        """One that draws in this process alone."""
         from restem import models
 
         renderer = self.renderer
@@ -165,7 +178,7 @@ class HFBackend:
     def likelihoods(self, model: str, drawn: Sequence[tuple[Problem, Sample]]) -> list[tuple[float, int]] | None:
         from restem.training.loss import log_likelihoods
 
-        sampler = self.open_sampler(model)
+        sampler = self.open_own_sampler(model)
         if not isinstance(sampler, sampling.TreeSampler):
             return None
         examples = [example_of(problem, sample, self.renderer) for problem, sample in drawn]
@@ -179,6 +192,13 @@ class HFBackend:
         if model not in self._fingerprints:
             self._fingerprints[model] = models.fingerprint(model)
         return self._fingerprints[model]
+
+
+def _open_elsewhere(recipe: Recipe, of_run: Prompt, model: str, prompt: Prompt | None, held: dict[str, Any]) -> Sampler:
+    """In another process: a sampler of a model of the first one's. The backend is kept from job to job."""
+    if "backend" not in held:
+        held["backend"] = HFBackend(recipe, of_run, say=lambda text: None)
+    return cast(HFBackend, held["backend"]).open_own_sampler(model, prompt)
 
 
 class ToyBackend:

@@ -73,7 +73,7 @@ def run(
     from restem.run import Run
     from restem.training.launch import only_the_first_process_goes_on
 
-    with only_the_first_process_goes_on() as is_first:
+    with only_the_first_process_goes_on(loaded.model.device) as is_first:
         if not is_first:
             return
         with Run(loaded, out, resume=resume, command=command) as opened:
@@ -102,12 +102,16 @@ def evaluate(
     from restem.config import load_recipe
     from restem.scoring import evaluate_model
     from restem.show import scores_table
+    from restem.training.launch import only_the_first_process_goes_on
 
     given = {"name": task, "data": data, "test": limit}
     settings = {"iterations": 0, "model": {"base": model}, "task": {k: v for k, v in given.items() if v is not None}}
     loaded = load_recipe(settings, set_ or [])
     command = f"restem evaluate {model} --task {task}"
-    scores = evaluate_model(loaded, out=out, fresh=fresh, command=command, say=lambda text: typer.echo(text, err=True))
+    with only_the_first_process_goes_on(loaded.model.device) as is_first:
+        if not is_first:
+            return
+        scores = evaluate_model(loaded, out=out, fresh=fresh, command=command, say=lambda text: typer.echo(text, err=True))
     typer.echo(json.dumps(scores) if json_ else scores_table(scores, markdown=markdown))
 
 

@@ -6,7 +6,6 @@ what the trained one says. The adapter itself lies beside it.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from functools import partial
 from pathlib import Path
@@ -73,18 +72,20 @@ def _of_light_weights(layer: nn.Linear, inputs: Tensor) -> Tensor:
     return nn.functional.linear(inputs, layer.weight if lower else layer.weight.to(inputs.dtype), layer.bias)
 
 
-def merged(adapted: Any, storage: torch.dtype) -> tuple[Any, float]:
-    """A copy with the adapter added to the weights, and how far its logits are from the trained model's (relative).
+def merged(base: Any, adapter: Path, says: Any, storage: torch.dtype) -> tuple[Any, float]:
+    """The base with a saved adapter added to its weights, layer by layer, and how far its logits are from what the trained
+    model `says` (`own_logits`; the distance is relative). `base` is changed.
 
     `storage`: the number format in which it will be stored; the comparison includes the rounding to it. Raises RestemError if
     the two disagree by more than rounding can explain.
     """
-    expected = own_logits(adapted)
-    plain = copy.deepcopy(adapted).float().merge_and_unload()  # float: light weights are frozen, their sum is not
+    from peft import PeftModel
+
+    plain = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(parameter.to(storage))
-    found = own_logits(plain)
+    found, expected = own_logits(plain), says.to(plain.device)
     apart = float((found - expected).norm() / expected.norm())
     if not apart <= _TOLERANCE.get(storage, 0.1):
         raise RestemError(
@@ -94,6 +95,6 @@ def merged(adapted: Any, storage: torch.dtype) -> tuple[Any, float]:
     return plain, apart
 
 
-def save(adapted: Any, folder: Path) -> None:
-    """The adapter alone, as peft writes it."""
-    adapted.save_pretrained(folder)
+def save(adapted: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """The adapter alone, as peft writes it. `state`: its weights, where the model holds parts of them."""
+    adapted.save_pretrained(folder, state_dict=state)

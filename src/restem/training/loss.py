@@ -5,9 +5,9 @@ What the output layer makes of the hidden states is in `restem.training.head`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from restem.training.batches import Pack, make_packs, shared_prompt
 from restem.training.head import head_loss
 from restem.tree import Tree
 from restem.types import Example
+
+T = TypeVar("T")
 
 
 class Losses(NamedTuple):
@@ -55,6 +57,10 @@ class PackLoss(nn.Module):
         """The number format of matrix products: `dtype`, where the weights are not in a lower one."""
         lower = self.dtype == torch.bfloat16 and self.model.dtype == torch.float32
         return torch.bfloat16 if lower else self.model.dtype
+
+    def through(self, compute: Callable[[Any], T]) -> T:
+        """`compute(model)`, for a pass of the whole model that is no loss. Where weights are spread, every process calls it."""
+        return compute(self.model)
 
     def arithmetic(self) -> torch.autocast:
         """A context in which the model computes in `dtype`."""

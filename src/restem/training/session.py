@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from restem.compatibility import refuse_unsupported, tree_attention
+from restem.compatibility import own_logits, refuse_unsupported, tree_attention
 from restem.config import ImproveConfig
 from restem.files import finish_directory
 from restem.memory import is_out_of_memory
 from restem.models import load_model, load_tokenizer, save_model, storage_dtype
+from restem.processes import Processes
 from restem.training import Interval, checkpoints, fused, lora, optimiser
 from restem.training.batches import Pack, make_packs, shared_prompt
 from restem.training.budget import PackBudget
 from restem.training.clock import Clock
 from restem.training.loss import Losses, PackLoss, SharedPrompt
-from restem.training.processes import Processes, layers, shard
+from restem.training.processes import empty_model, fill, gathered, layers, shard, whole, whole_pass, with_stand_ins
 from restem.types import Example
 
 
@@ -49,22 +50,34 @@ class Session:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.settings, self.processes, self.say = settings, processes, say
+        self.start, self.trust_remote_code = start, trust_remote_code
         self.storage = storage_dtype(start)
-        weights = getattr(torch, settings.weights)
-        self.model = load_model(start, dtype=weights, device=processes.device(device), trust_remote_code=trust_remote_code)
-        refuse_unsupported(self.model)
         self.tokenizer = load_tokenizer(start, trust_remote_code=trust_remote_code)
-        self.adapted = lora.attach(self.model, settings, stream=stream) if settings.lora_rank else None
-        if settings.gradient_checkpointing:
+        self.is_sharded = processes.count > 1 and settings.parallel == "shard"
+        self._open(processes.device(device), dtype, stream)
+        self.optimiser = optimiser.make(self.model.parameters(), settings)
+
+    def _open(self, device: str, dtype: torch.dtype, stream: str) -> None:
+        """The model, its adapter, and the loss: loaded whole, or spread over all processes without being whole anywhere."""
+        weights, trust = getattr(torch, self.settings.weights), self.trust_remote_code
+        attach = partial(lora.attach, settings=self.settings, stream=stream) if self.settings.lora_rank else lambda model: None
+        if self.is_sharded:
+            self.model = empty_model(self.start, dtype=weights, trust_remote_code=trust)
+            self.adapted = with_stand_ins(self.model, attach)
+        else:
+            self.model = load_model(self.start, dtype=weights, device=device, trust_remote_code=trust)
+            refuse_unsupported(self.model)
+            self.adapted = attach(self.model)
+        if self.settings.gradient_checkpointing:
             _recompute(self.model)
         self.loss = PackLoss(self.model, dtype)
-        self.budget = PackBudget(settings, self.model.device)
-        self.is_sharded = processes.count > 1 and settings.parallel == "shard"
+        self.budget = PackBudget(self.settings, torch.device(device))
         if self.is_sharded:
-            shard(self.loss, self.model)
+            shard(self.loss, self.model, device, self.processes.count)
+            fill(self.model, self.start, device, trust_remote_code=trust, processes=self.processes)
+            whole_pass(self.loss, refuse_unsupported)
         elif self.adapted is not None:
             lora.lighten(self.model, dtype)
-        self.optimiser = optimiser.make(self.model.parameters(), settings)
 
     def step(self, examples: Sequence[Example], learning_rate: float) -> dict[str, Any]:
         """One optimiser step; returns its metrics. If the loss or the gradient is not finite, no weight is changed.
@@ -80,10 +93,12 @@ class Session:
             self.processes.sum_gradients(self.model.parameters())
             loss, nll, targets = self.processes.sum(sums).tolist()
         with clock("optimise"):
-            norm = float(checkpoints.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)))
+            norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)))
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimiser.step()
         self.budget.stepped()
+        if self.budget.tokens is not None:
+            self.budget.tokens = self.processes.least(self.budget.tokens)  # all pack alike
         return {
             "loss": loss,
             "target_logprob": -nll / max(1.0, targets),  # a step of rewards that are all 0 has none
@@ -148,7 +163,7 @@ class Session:
 
     def is_finite(self) -> bool:
         """Whether all weights are. A step with a finite gradient can still overflow them."""
-        good = all(bool(checkpoints.whole(p.isfinite().all())) for _, p in checkpoints.trained(self.model))
+        good = all(bool(whole(p.isfinite().all())) for _, p in checkpoints.trained(self.model))
         return bool(self.processes.sum(torch.tensor(float(not good))) == 0)
 
     def write_interval(self, directory: Path, number: int, metrics: dict[str, Any]) -> Interval:
@@ -157,13 +172,16 @@ class Session:
         Every process calls it; the main one writes.
         """
         path = directory / f"interval-{number}"
-        state = {name: checkpoints.whole(t) for name, t in self._by_name().items()} if self.is_sharded else None
+        says = whole_pass(self.loss, own_logits) if self.adapted is not None else None
+        state = self._stored() if self.is_sharded else None
         if self.processes.is_main:
             with finish_directory(path) as folder:
                 model = self.model
                 if self.adapted is not None:
-                    lora.save(self.adapted, folder / "adapter")
-                    model, metrics["merge_error"] = lora.merged(self.adapted, self.storage)
+                    lora.save(self.adapted, folder / "adapter", state)
+                    base = load_model(self.start, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
+                    model, metrics["merge_error"] = lora.merged(base, folder / "adapter", says, self.storage)
+                    state = None
                 save_model(model, self.tokenizer, folder / "model", dtype=self.storage, state=state)
                 (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
         return Interval(number=number, model=str(path / "model"), metrics=metrics)
@@ -188,8 +206,19 @@ class Session:
         """Give back their memory. Every step makes them anew."""
         self.optimiser.zero_grad(set_to_none=True)
 
-    def _by_name(self) -> dict[str, Any]:
-        return {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """What is to be stored of weights that are spread, for the main process: all of them, as they are stored, or the
+        adapter's. Tied weights are gathered once, and stay one tensor."""
+        if self.adapted is not None:
+            own = [(name, weight) for name, weight in self.adapted.named_parameters() if weight.requires_grad]
+            return dict(gathered(own, is_main=self.processes.is_main))
+        places = {name: weight for name, weight in self.model.state_dict(keep_vars=True).items() if torch.is_tensor(weight)}
+        own = [(str(key), weight) for key, weight in {id(weight): weight for weight in places.values()}.items()]
+        kept = {key: self._rounded(full) for key, full in gathered(own, is_main=self.processes.is_main)}
+        return {name: kept[str(id(weight))] for name, weight in places.items()} if kept else {}
+
+    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.storage) if tensor.is_floating_point() else tensor
 
     def _packs(self, examples: Sequence[Example], size: int) -> list[Pack]:
         """The step's packs, enough of them for every process to have one. With sharded weights each holds the shared part of

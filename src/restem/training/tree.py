@@ -19,9 +19,10 @@ from restem.config import ImproveConfig
 from restem.errors import RestemError
 from restem.memory import keep_freed_memory
 from restem.models import context_length
+from restem.processes import Processes, of_this_run
 from restem.training import Interval, check_examples, checkpoints
 from restem.training.batches import Step, plan_steps
-from restem.training.processes import Processes
+from restem.training.processes import TrainingJob
 from restem.training.session import Session
 from restem.types import Example
 
@@ -47,7 +48,7 @@ class TreeTrainer:
     ) -> None:
         self.settings, self.device, self.dtype = settings, device, dtype
         self.trust_remote_code, self.report, self.say = trust_remote_code, report, say
-        self.processes = processes or Processes()
+        self.processes = processes or of_this_run()
         self._held: tuple[str, Session] | None = None
 
     def train(self, start: str, examples: Sequence[Example], directory: Path, *, stream: str) -> Iterator[Interval]:
@@ -60,10 +61,9 @@ class TreeTrainer:
             done = interval.number
         if done >= max((step.interval or 0 for step in steps), default=0):
             return
-        self.processes.start()
         settings = {name: getattr(self, name) for name in ("settings", "device", "dtype", "trust_remote_code")}
         job = {"start": start, "steps": steps, "directory": directory, "done": done, "stream": stream}
-        self.processes.tell({"trainer": settings, **job})
+        self.processes.send(TrainingJob(settings, job))
         yield from self.follow(start, steps, directory, done, stream)
 
     def follow(self, start: str, steps: list[Step], directory: Path, done: int, stream: str) -> Iterator[Interval]:
@@ -137,7 +137,7 @@ class TreeTrainer:
             goes_on = True
         finally:
             self._held = None
-            goes_on = bool(self.processes.tell(goes_on))
+            goes_on = bool(self.processes.meet(goes_on))  # the others draw samples until then
         return goes_on
 
     def _check(self, session: Session, number: int, metrics: dict[str, Any], *, ends_interval: bool) -> None:

@@ -455,29 +455,76 @@ def test_log_likelihoods_are_those_that_the_sampler_drew_with() -> None:
 # --- several processes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parallel", ["replicate", "shard"])
-def test_two_processes_train_as_one_does(tmp_path: Path, parallel: str) -> None:
-    """Two gloo processes, data parallel and FSDP2: the same loss curve and, up to rounding, the same weights."""
-    start = save(tiny("llama-tied"), tmp_path / "base")
-    changes = {"epochs": 2.0, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.2, "pack_tokens": 64}
+TOGETHER = {"epochs": 2.0, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.2, "pack_tokens": 64, "interval": 1.0}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "replicate": {},
+    "shard": {"parallel": "shard"},
+    "lora, replicate": {"lora_rank": 4, "weight_decay": 0.1},
+    "lora, shard": {"lora_rank": 4, "weight_decay": 0.1, "parallel": "shard", "gradient_checkpointing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def together(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A base, and what two gloo processes made of it, one training after the other: each is dropped after its first interval
+    and resumed, by the same two processes, or, where the name begins with "grown", by one."""
+    folder = tmp_path_factory.mktemp("together")
+    start = save(tiny("llama-tied"), folder / "base")
+    trainings = [{"out": name, "examples": "SOME", **TOGETHER, **changes} for name, changes in TRAININGS.items()]
+    jobs = [job | {"stop_after": stop} for job in trainings for stop in (1, 99)]
+    jobs += [job | {"out": f"grown {job['out']}", "stop_after": 1} for job in trainings if job.get("parallel") == "shard"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    running = trainer_process(start, tmp_path / "two", *launcher, **changes, parallel=parallel, examples="SOME")
-    assert running.wait() == 0
+    script = str(Path(__file__).with_name("train_in_processes.py"))
+    command = [sys.executable, *launcher, script, start, str(folder), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", [*TRAININGS, "grown shard", "grown lora, shard"])
+def test_two_processes_train_as_one_does_and_go_on_after_a_stop(tmp_path: Path, together: Path, name: str) -> None:
+    """Data parallel and FSDP2, all weights and LoRA: the same loss curve and, up to rounding, the same weights. What two
+    processes began with spread weights, one can go on with."""
+    start, changes = str(together / "base"), TOGETHER | TRAININGS[name.removeprefix("grown ")]
     alone = train(start, tmp_path / "one", **changes)
-    together = train(start, tmp_path / "two", **changes)  # complete: read, not trained
-    for one, two in zip(alone, together, strict=True):
-        assert [step["loss"] for step in two.metrics["history"]] == pytest.approx(
-            [step["loss"] for step in one.metrics["history"]], rel=1e-5
-        )
-        assert [step["gradient_norm"] for step in two.metrics["history"]] == pytest.approx(
-            [step["gradient_norm"] for step in one.metrics["history"]], rel=1e-4
-        )
-    expected, found = weights_of(alone[-1].model), weights_of(together[-1].model)
-    assert expected.keys() == found.keys()
-    base = weights_of(start)
+    found = train(start, together / name, **changes)  # complete: read, not trained; if "grown": resumed here
+    assert [interval.number for interval in found] == [1, 2]
+    for one, two in zip(alone, found, strict=True):
+        for key in ("loss", "gradient_norm"):
+            expected = [step[key] for step in one.metrics["history"]]
+            assert [step[key] for step in two.metrics["history"]] == pytest.approx(expected, rel=1e-4)
+    expected, reached, base = (weights_of(place) for place in (alone[-1].model, found[-1].model, start))
+    assert expected.keys() == reached.keys()
     moved = torch.cat([(expected[key] - base[key]).flatten() for key in expected]).norm()
-    assert torch.cat([(expected[key] - found[key]).flatten() for key in expected]).norm() < 0.01 * moved
-    assert transformers.AutoModelForCausalLM.from_pretrained(together[-1].model) is not None
+    assert torch.cat([(expected[key] - reached[key]).flatten() for key in expected]).norm() < 0.01 * moved
+    assert transformers.AutoModelForCausalLM.from_pretrained(found[-1].model) is not None
+    files = [{path.name for path in Path(interval.model).iterdir()} for interval in (alone[-1], found[-1])]
+    assert files[0] == files[1]
+    if "lora" in name:
+        assert found[-1].metrics["merge_error"] < 1e-5
+        assert (Path(found[-1].model).parent / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_second_process_never_holds_more_than_one_gathered_tensor(together: Path) -> None:
+    """At checkpoints and when a model is handed over. The largest tensor is the embedding."""
+    weights = weights_of(str(together / "base"))
+    largest = max(weight.numel() * 4 for weight in weights.values())
+    assert int((together / "gathered-1").read_text()) == largest
+    assert sum(weight.numel() * 4 for weight in weights.values()) > 3 * largest
+
+
+def test_only_what_is_trained_is_summed_and_what_has_no_gradient_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen weight, and one that no process used, stay as they are under AdamW with weight decay."""
+    summed: list[int] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: summed.append(tensor.numel()))
+    frozen, unused, used = (torch.nn.Parameter(torch.ones(size), requires_grad=size > 3) for size in (3, 5, 7))
+    used.grad = torch.ones(7)
+    processes = Processes()
+    processes.count = 2
+    processes.sum_gradients([frozen, unused, used])
+    assert summed == [2, 7]  # which of two have a gradient; the gradient
+    torch.optim.AdamW([frozen, unused, used], lr=0.1, weight_decay=0.5).step()
+    assert [bool((weight == 1).all()) for weight in (frozen, unused, used)] == [True, True, False]
 
 
 def test_a_share_leaves_nothing_out_and_gives_everyone_as_many() -> None:

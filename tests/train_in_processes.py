@@ -1,26 +1,67 @@
-"""Trains a tiny model: for tests that kill it, or start it in several processes. Arguments: start, directory, settings."""
+"""Trains a tiny model: for tests that kill it, or start it in several processes. Arguments: start, directory, settings.
+
+Several trainings are a list of settings, each with its folder "out" in the directory. Settings of our own: "examples" takes
+SOME instead of many; "stop_after" drops a training after so many intervals. What this process held of gathered tensors, at most
+and in bytes, is written to directory/gathered-RANK.
+"""
 
 import json
+import os
 import sys
+import weakref
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from restem.training import TreeTrainer
 from restem.training.launch import only_the_first_process_goes_on
 from test_tree_trainer import SOME, random_tree, settings
 
 
+class Gathered:
+    """Counts the whole tensors that are alive in this process, from now on."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        gather = DTensor.full_tensor
+
+        def counted(tensor: DTensor, **keywords: Any) -> torch.Tensor:
+            full = gather(tensor, **keywords)
+            size = full.numel() * full.itemsize
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(full, self.free, size)
+            return full
+
+        DTensor.full_tensor = counted  # type: ignore[method-assign]
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    start, directory, changes = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    examples: Any = SOME if changes.pop("examples", None) else random_tree(branches=(1,) * 30, longest=6, seed=11)
+    start, directory, given = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    gathered = Gathered()
     with only_the_first_process_goes_on("cpu") as is_first:
         if is_first:
             print("begins", flush=True)
-            list(TreeTrainer(settings(**changes)).train(start, examples, directory, stream="s"))
+            for changes in given if isinstance(given, list) else [given]:
+                train(start, directory / changes.pop("out", "."), changes)
+    if isinstance(given, list):
+        (directory / f"gathered-{os.environ['RANK']}").write_text(str(gathered.most))
+
+
+def train(start: str, directory: Path, changes: dict[str, Any]) -> None:
+    examples: Any = SOME if changes.pop("examples", None) else random_tree(branches=(1,) * 30, longest=6, seed=11)
+    stop_after = changes.pop("stop_after", None)
+    running = TreeTrainer(settings(**changes)).train(start, examples, directory, stream="s")
+    list(islice(running, stop_after))
+    running.close()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ class HFBackend:
         self._trainer: Any = None
         self._fingerprints: dict[str, str] = {}
         self.facts: dict[str, Any] = {"device": self.device, "sampler_dtype": str(self.dtype).removeprefix("torch.")}
-        if recipe.iterations and recipe.engine.trainer in ("auto", "tree"):
+        if of_this_run().count > 1:
+            self.facts["processes"] = of_this_run().count
+        if recipe.iterations and recipe.engine.trainer in ("auto", "tree") and of_this_run().is_main:
             self.facts |= self._training_memory()
 
     def _training_memory(self) -> dict[str, Any]:

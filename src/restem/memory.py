@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from restem.processes import local_count
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now, in bytes; within a container's limit."""
+    """Memory that can be had on a device now, in bytes; within a container's limit, and this process's part of a CPU's."""
     if device.type == "cuda":
         import torch
 
@@ -27,7 +29,7 @@ def free_bytes(device: torch.device) -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text) - int(used.read_text()))
-    return max(0, free)
+    return max(0, free) // local_count()
 
 
 def hand_back(device: torch.device) -> None:

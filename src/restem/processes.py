@@ -211,6 +211,11 @@ def of_this_run() -> Processes:
     return Processes()
 
 
+def local_count() -> int:
+    """How many of them share this machine."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
+
+
 def _sum_together(gradients: list[Tensor]) -> None:
     import torch
 

@@ -77,10 +77,11 @@ class DrawingJob(Job):
             for sample in self.open(held).sample(self.problems, share, self.decoding, stream=self.stream):
                 if not outbox.add(sample):
                     return
+        except RestemError as error:
+            outbox.close(RestemError(str(error)))
         except Exception as error:
-            if not isinstance(error, RestemError):  # the first process shows its own stack only
-                traceback.print_exc()
-            outbox.close(f"{type(error).__name__}: {error}" if not isinstance(error, RestemError) else str(error))
+            traceback.print_exc()
+            outbox.close(RuntimeError(f"{type(error).__name__}: {error}; its stack is above"))
         else:
             outbox.close(None)
 
@@ -104,10 +105,10 @@ class _Outbox:
             self._send(False, None)
         return True
 
-    def close(self, error: str | None) -> None:
+    def close(self, error: Exception | None) -> None:
         self._send(True, error)
 
-    def _send(self, is_last: bool, error: str | None) -> None:
+    def _send(self, is_last: bool, error: Exception | None) -> None:
         self.number += 1
         self.processes.put(f"{self.key} {self.number}", (self.samples, is_last, error))
         self.samples, self.sent = [], time.monotonic()
@@ -146,5 +147,5 @@ class _HandedOver:
         if is_last:
             del self.next[rank]
         if error is not None:
-            raise RestemError(f"process {rank}, which drew a share of the samples, failed: {error}")
+            raise type(error)(f"process {rank}, which drew a share of the samples, failed: {error}")
         return list(samples)

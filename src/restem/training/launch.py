@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from restem.errors import RestemError
-from restem.processes import Processes, of_this_run
+from restem.processes import Processes, local_count, of_this_run
 
 _SECONDS = 10.0  # in which processes part
 
@@ -54,7 +54,7 @@ def _common_device(device: str) -> str:
             f'model.device = "{device}" names one device, and there are {os.environ["WORLD_SIZE"]} processes: say "cuda", '
             'where each takes the card of its own LOCAL_RANK, or "cpu".'
         )
-    cards, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cards, needed = torch.cuda.device_count(), local_count()
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if cards < needed:
@@ -71,7 +71,7 @@ def _divide_cores() -> None:
 
     if os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores // local_count()))
 
 
 def _serve(processes: Processes) -> None:

@@ -184,8 +184,8 @@ def _exchange(model: nn.Module, new: Callable[[nn.Parameter], Tensor]) -> list[n
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what an adapter around its layer adds."""
-    return name.replace(".base_layer.", ".")
+    """A parameter's name without what adapters around its layer add."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _tensor_files(path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from restem.config import ImproveConfig
 from restem.memory import keep_freed_memory
 from restem.models import load_model, load_tokenizer, logits_of
-from restem.training.processes import Processes
+from restem.processes import Processes
 from restem.training.session import Session
 from restem.types import Example
 

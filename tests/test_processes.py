@@ -43,7 +43,11 @@ def start(*arguments: object, **more: str) -> subprocess.Popen[str]:
 
 
 def outcome(running: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
-    out, err = running.communicate(timeout=seconds)
+    try:
+        out, err = running.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        running.terminate()  # torchrun takes its processes with it
+        raise
     return running.returncode, out, err
 
 
@@ -108,6 +112,19 @@ def test_a_process_that_fails_ends_the_run_with_one_message(cases: Cases) -> Non
 def test_a_bug_in_another_process_shows_its_own_stack(cases: Cases) -> None:
     assert cases.drawn["bug"] == ["process 1, which drew a share of the samples, failed: KeyError: 'what'; its stack is above"]
     assert cases.err.count("KeyError: 'what'\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_what_all_processes_meet_in_training_is_said_once_and_what_one_meets_ends_all(tmp_path: Path, parallel: str) -> None:
+    base = save(tiny(), tmp_path / "base")
+    script = str(Path(__file__).with_name("train_in_processes.py"))
+    changes = {"examples": "SOME", "parallel": parallel}
+    diverging = start(*TORCHRUN, script, base, tmp_path / "a", json.dumps(changes | {"learning_rate": 1e30}))
+    code, _, err = outcome(diverging)
+    assert code == 1 and err.count("restem: training diverged at step 2") == 1
+    code, _, err = outcome(start(*TORCHRUN, script, base, tmp_path / "b", json.dumps(changes | {"fails": "1"})))
+    assert code == 1 and "TypeError: 'NoneType' object is not callable" in err
 
 
 @pytest.mark.parametrize("who", ["torchrun", *(pytest.param(who, marks=pytest.mark.slow) for who in ("first", "second"))])

@@ -1,8 +1,8 @@
 """Trains a tiny model: for tests that kill it, or start it in several processes. Arguments: start, directory, settings.
 
 Several trainings are a list of settings, each with its folder "out" in the directory. Settings of our own: "examples" takes
-SOME instead of many; "stop_after" drops a training after so many intervals. What this process held of gathered tensors, at most
-and in bytes, is written to directory/gathered-RANK.
+SOME instead of many; "stop_after" drops a training after so many intervals; the process of the rank "fails" does so at the end
+of one. What this process held of gathered tensors, at most and in bytes, is written to directory/gathered-RANK.
 """
 
 import json
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from restem.errors import RestemError
 from restem.training import TreeTrainer
 from restem.training.launch import only_the_first_process_goes_on
+from restem.training.session import Session
 from test_tree_trainer import SOME, random_tree, settings
 
 
@@ -47,6 +49,8 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     start, directory, given = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     gathered = Gathered()
+    if isinstance(given, dict) and given.pop("fails", None) == os.environ.get("RANK"):
+        Session.is_finite = None  # type: ignore[assignment,method-assign]
     with only_the_first_process_goes_on("cpu") as is_first:
         if is_first:
             print("begins", flush=True)
@@ -65,4 +69,8 @@ def train(start: str, directory: Path, changes: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RestemError as error:
+        print(f"restem: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -127,22 +127,26 @@ def test_what_all_processes_meet_in_training_is_said_once_and_what_one_meets_end
     assert code == 1 and "TypeError: 'NoneType' object is not callable" in err
 
 
-@pytest.mark.parametrize("who", ["torchrun", *(pytest.param(who, marks=pytest.mark.slow) for who in ("first", "second"))])
+@pytest.mark.parametrize(
+    "who", ["torchrun", *(pytest.param(who, marks=pytest.mark.slow) for who in ("first", "second", "launcher"))]
+)
 def test_ctrl_c_and_kill_leave_no_process(who: str) -> None:
-    """Ctrl-C reaches torchrun; the first or the second process is killed."""
+    """Ctrl-C reaches torchrun; the first process, the second or torchrun itself is killed."""
     running = start(*TORCHRUN, DRAW, "endless")
     assert running.stdout is not None
     pids: dict[int, int] = {}
     while len(pids) < 2:
         rank, pid, *_ = json.loads(running.stdout.readline())
         pids[rank] = pid
+    processes = [psutil.Process(pid) for pid in pids.values()]
     if who == "torchrun":
         running.send_signal(signal.SIGINT)
     else:
-        os.kill(pids[who == "second"], signal.SIGKILL)
+        os.kill(running.pid if who == "launcher" else pids[who == "second"], signal.SIGKILL)
     code, _, _ = outcome(running, seconds=60)
     assert code != 0
-    assert not any(psutil.pid_exists(pid) for pid in pids.values())
+    _, left = psutil.wait_procs(processes, timeout=10)
+    assert not [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_without_a_launcher_the_others_end_when_the_first_is_gone() -> None:
@@ -158,7 +162,7 @@ def test_without_a_launcher_the_others_end_when_the_first_is_gone() -> None:
     first.wait()
     code, _, err = outcome(second, seconds=60)
     assert code != 0 and "Traceback" not in err
-    assert "restem: the connection to the first process is lost" in err
+    assert "restem: the connection to the other processes of this run is lost" in err
 
 
 # --- a whole run --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import functools
 import os
 import pickle
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from restem.errors import RestemError
@@ -91,15 +92,12 @@ class Processes:
     def finish(self, *, seconds: float) -> None:
         """The first process: there will be no more jobs. Waits so long for the others to take their leave."""
         if self.count > 1 and self._store is not None:
-            try:
+            with suppress(RestemError), _reaching():  # those who cannot be reached have ended
                 self.put("over", None)
                 self.send(None)
                 until = time.monotonic() + seconds
                 while time.monotonic() < until and self._store.add("restem/left", 0) < self.count - 1:
                     time.sleep(_POLL)
-            except Exception as error:
-                if not _is_lost(error):
-                    raise
             self._part()
 
     def is_over(self) -> bool:
@@ -123,26 +121,24 @@ class Processes:
     def put(self, key: str, value: Any) -> None:
         data = pickle.dumps(value)
         pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
-        for number, piece in enumerate(pieces):
-            self._store.set(f"restem/{key}/{number}", piece)
-        self._store.set(f"restem/{key}", str(len(pieces)))
+        with _reaching():
+            for number, piece in enumerate(pieces):
+                self._store.set(f"restem/{key}/{number}", piece)
+            self._store.set(f"restem/{key}", str(len(pieces)))
 
     def has(self, key: str) -> bool:
-        """Whether something was put there. Raises RestemError if the store is gone, and with it the run."""
-        try:
+        """Whether something was put there."""
+        with _reaching():
             return bool(self._store.check([f"restem/{key}"]))
-        except Exception as error:
-            if _is_lost(error):
-                raise RestemError("the connection to the first process is lost, so this process ends too.") from None
-            raise
 
     def take(self, key: str, *, readers: int = 1) -> Any:
         """What was put there. The last of so many readers deletes it."""
-        pieces = [f"restem/{key}/{number}" for number in range(int(self._store.get(f"restem/{key}")))]
-        value = pickle.loads(b"".join(self._store.get(piece) for piece in pieces))
-        if readers == 1 or self._store.add(f"restem/{key}/readers", 1) == readers:
-            for name in (*pieces, f"restem/{key}", *([f"restem/{key}/readers"] if readers > 1 else [])):
-                self._store.delete_key(name)
+        with _reaching():
+            pieces = [f"restem/{key}/{number}" for number in range(int(self._store.get(f"restem/{key}")))]
+            value = pickle.loads(b"".join(self._store.get(piece) for piece in pieces))
+            if readers == 1 or self._store.add(f"restem/{key}/readers", 1) == readers:
+                for name in (*pieces, f"restem/{key}", *([f"restem/{key}/readers"] if readers > 1 else [])):
+                    self._store.delete_key(name)
         return value
 
     # --- inside a training job ------------------------------------------------------------------------------------------------
@@ -225,8 +221,12 @@ def _sum_together(gradients: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _is_lost(error: Exception) -> bool:
-    """Whether an error says that the store cannot be reached: the process that holds it has ended."""
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Says in one sentence that the store is gone: the process that holds it, torchrun's or the first one, has ended."""
     import torch
 
-    return isinstance(error, torch.distributed.DistError)
+    try:
+        yield
+    except torch.distributed.DistError:
+        raise RestemError("the connection to the other processes of this run is lost, so this one ends too.") from None

@@ -30,7 +30,7 @@ from restem.training.loss import log_likelihoods
 from restem.training.session import Session
 from restem.types import Example
 from test_tree_trainer import SOME, distance, random_tree, row_gradients, settings, stored, timeless, train, weights_of
-from tiny_models import END, few_shot, one_thread, problems, save, tiny  # noqa: F401
+from tiny_models import END, SERVED, few_shot, one_thread, problems, save, tiny  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -461,7 +461,11 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "shard": {"parallel": "shard"},
     "lora, replicate": {"lora_rank": 4, "weight_decay": 0.1},
     "lora, shard": {"lora_rank": 4, "weight_decay": 0.1, "parallel": "shard", "gradient_checkpointing": True},
+    "experts, shard": {"parallel": "shard"},
 }
+GROWN = ("shard", "lora, shard")
+EXPERTS = {"mixtral": ("MixtralConfig", SERVED["qwen2"][1] | {"num_local_experts": 4, "num_experts_per_tok": 2})}
+"""Files name each expert's weights, the model holds them in one."""
 
 
 @pytest.fixture(scope="module")
@@ -469,10 +473,11 @@ def together(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A base, and what two gloo processes made of it, one training after the other: each is dropped after its first interval
     and resumed, by the same two processes, or, where the name begins with "grown", by one."""
     folder = tmp_path_factory.mktemp("together")
-    start = save(tiny("llama-tied"), folder / "base")
+    start, experts = save(tiny("llama-tied"), folder / "base"), save(tiny("mixtral", table=EXPERTS), folder / "experts")
     trainings = [{"out": name, "examples": "SOME", **TOGETHER, **changes} for name, changes in TRAININGS.items()]
+    trainings = [job | {"start": experts} if job["out"].startswith("experts") else job for job in trainings]
     jobs = [job | {"stop_after": stop} for job in trainings for stop in (1, 99)]
-    jobs += [job | {"out": f"grown {job['out']}", "stop_after": 1} for job in trainings if job.get("parallel") == "shard"]
+    jobs += [job | {"out": f"grown {job['out']}", "stop_after": 1} for job in trainings if job["out"] in GROWN]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     script = str(Path(__file__).with_name("train_in_processes.py"))
     command = [sys.executable, *launcher, script, start, str(folder), json.dumps(jobs)]
@@ -481,11 +486,12 @@ def together(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("name", [*TRAININGS, "grown shard", "grown lora, shard"])
+@pytest.mark.parametrize("name", [*TRAININGS, *(f"grown {name}" for name in GROWN)])
 def test_two_processes_train_as_one_does_and_go_on_after_a_stop(tmp_path: Path, together: Path, name: str) -> None:
     """Data parallel and FSDP2, all weights and LoRA: the same loss curve and, up to rounding, the same weights. What two
     processes began with spread weights, one can go on with."""
-    start, changes = str(together / "base"), TOGETHER | TRAININGS[name.removeprefix("grown ")]
+    start = str(together / ("experts" if name.startswith("experts") else "base"))
+    changes = TOGETHER | TRAININGS[name.removeprefix("grown ")]
     alone = train(start, tmp_path / "one", **changes)
     found = train(start, together / name, **changes)  # complete: read, not trained; if "grown": resumed here
     assert [interval.number for interval in found] == [1, 2]
@@ -506,11 +512,10 @@ def test_two_processes_train_as_one_does_and_go_on_after_a_stop(tmp_path: Path, 
 
 
 def test_the_second_process_never_holds_more_than_one_gathered_tensor(together: Path) -> None:
-    """At checkpoints and when a model is handed over. The largest tensor is the embedding."""
-    weights = weights_of(str(together / "base"))
-    largest = max(weight.numel() * 4 for weight in weights.values())
-    assert int((together / "gathered-1").read_text()) == largest
-    assert sum(weight.numel() * 4 for weight in weights.values()) > 3 * largest
+    """At checkpoints and when a model is handed over. The largest tensors are the embedding and a layer's experts."""
+    sizes = [weight.numel() * 4 for base in ("base", "experts") for weight in weights_of(str(together / base)).values()]
+    assert int((together / "gathered-1").read_text()) == max(sizes)
+    assert sum(sizes) > 6 * max(sizes)
 
 
 def test_only_what_is_trained_is_summed_and_what_has_no_gradient_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:

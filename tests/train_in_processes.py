@@ -1,8 +1,9 @@
 """Trains a tiny model: for tests that kill it, or start it in several processes. Arguments: start, directory, settings.
 
-Several trainings are a list of settings, each with its folder "out" in the directory. Settings of our own: "examples" takes
-SOME instead of many; "stop_after" drops a training after so many intervals; the process of the rank "fails" does so at the end
-of one. What this process held of gathered tensors, at most and in bytes, is written to directory/gathered-RANK.
+Several trainings are a list of settings, each with its folder "out" in the directory, and maybe another "start". Settings of
+our own: "examples" takes SOME instead of many; "stop_after" drops a training after so many intervals; the process of the rank
+"fails" does so at the end of one. What this process held of gathered tensors, at most and in bytes, is written to
+directory/gathered-RANK.
 """
 
 import json
@@ -55,7 +56,7 @@ def main() -> None:
         if is_first:
             print("begins", flush=True)
             for changes in given if isinstance(given, list) else [given]:
-                train(start, directory / changes.pop("out", "."), changes)
+                train(changes.pop("start", start), directory / changes.pop("out", "."), changes)
     if isinstance(given, list):
         (directory / f"gathered-{os.environ['RANK']}").write_text(str(gathered.most))
 

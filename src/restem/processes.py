@@ -106,7 +106,8 @@ class Processes:
 
     def leave(self) -> None:
         """The others: part from the run, as every process must: one that ends still connected may be aborted while it ends."""
-        self._store.add("restem/left", 1)
+        with suppress(RestemError), _reaching():
+            self._store.add("restem/left", 1)
         self._part()
 
     def _part(self) -> None:

@@ -91,7 +91,9 @@ def test_kill_minus_9_anywhere_in_the_m_step_changes_nothing(tmp_path: Path, uni
         if running.poll() is None:
             running.send_signal(signal.SIGKILL)
             kills += 1
-        if running.wait() == 0:
+        ended = running.wait()
+        assert ended in (0, -signal.SIGKILL), "by nothing but the kill"
+        if ended == 0:
             break
     assert kills >= 2
     found = train(start, tmp_path / "out", examples=MANY, **HUNDRED)

@@ -50,7 +50,8 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     start, directory, given = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     gathered = Gathered()
-    if isinstance(given, dict) and given.pop("fails", None) == os.environ.get("RANK"):
+    failing = given.pop("fails", None) if isinstance(given, dict) else None
+    if failing is not None and failing == os.environ.get("RANK"):
         Session.is_finite = None  # type: ignore[assignment,method-assign]
     with only_the_first_process_goes_on("cpu") as is_first:
         if is_first:

@@ -65,9 +65,14 @@ class Session:
             self.model = empty_model(self.start, dtype=weights, trust_remote_code=trust)
             self.adapted = with_stand_ins(self.model, attach)
         else:
-            self.model = load_model(self.start, dtype=weights, device=device, trust_remote_code=trust)
-            refuse_unsupported(self.model)
+            # Frozen weights are made light before they reach the device, which may not hold them as they are.
+            first = "cpu" if self.settings.lora_rank else device
+            self.model = load_model(self.start, dtype=weights, device=first, trust_remote_code=trust)
             self.adapted = attach(self.model)
+            if self.adapted is not None:
+                lora.lighten(self.model, dtype)
+                self.model.to(device)
+            refuse_unsupported(self.model)
         if self.settings.gradient_checkpointing:
             _recompute(self.model)
         self.loss = PackLoss(self.model, dtype)
@@ -76,8 +81,6 @@ class Session:
             shard(self.loss, self.model, device, self.processes.count)
             fill(self.model, self.start, device, trust_remote_code=trust, processes=self.processes)
             whole_pass(self.loss, refuse_unsupported)
-        elif self.adapted is not None:
-            lora.lighten(self.model, dtype)
 
     def step(self, examples: Sequence[Example], learning_rate: float) -> dict[str, Any]:
         """One optimiser step; returns its metrics. If the loss or the gradient is not finite, no weight is changed.

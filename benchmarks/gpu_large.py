@@ -26,6 +26,7 @@ from restem.errors import RestemError
 from restem.models import load_model, load_tokenizer
 from restem.prompts import Prompt, Renderer
 from restem.sampling import Decoding, Owed, TreeSampler
+from restem.training.estimate import Work, estimate, read_shape
 from restem.types import Problem, Sample
 
 LORA: dict[str, Any] = {"lora_rank": 16, "gradient_checkpointing": True}
@@ -36,7 +37,7 @@ _VAL = 8  # samples of a problem on D_val
 def large(options: Options, how: str) -> Iterator[Line]:
     """One optimiser step of a model of random weights, then one D_val, and the peak memory of both against the estimate."""
     size = "tiny" if options.tiny else "7b"
-    chosen = {key: value for key, value in (LORA if how == "lora" else WHOLE).items() if key in ImproveConfig.model_fields}
+    chosen = LORA if how == "lora" else WHOLE
     settings, few = ImproveConfig(**chosen), (4, 2, 70, 10, 20) if options.tiny else (8, 4, 600, 80, 256)
     problems, solutions, shared, question, tokens = few
     prompts = random_prompts(SIZES[size]["vocab_size"], problems, shared=shared, question=question)
@@ -61,10 +62,6 @@ def _against(what: str, facts: dict[str, Any], peak: float, expected: float | No
 
 def estimated(path: str, settings: ImproveConfig, options: Options, *, shared: int, tokens: int, rows: int) -> dict[str, float]:
     """GB that restem says before it trains, by phase; empty where it has no estimate for such a model."""
-    try:
-        from restem.training.estimate import Work, estimate, read_shape
-    except ImportError:
-        return {}
     shape = read_shape(path)
     if shape is None:
         return {}

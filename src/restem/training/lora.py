@@ -81,7 +81,8 @@ def merged(base: Any, adapter: Path, says: Any, storage: torch.dtype) -> tuple[A
     """
     from peft import PeftModel
 
-    plain = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    # Left to itself, peft reads the adapter to the first GPU.
+    plain = PeftModel.from_pretrained(base, adapter, torch_device=str(base.device)).merge_and_unload()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(parameter.to(storage))

@@ -240,10 +240,10 @@ def test_a_run_tries_its_device_before_the_model_is_loaded(tmp_path: Path, monke
     recipe = load_recipe({"model": {"base": base, "dtype": "float32"}, "improve": {"dtype": "float32"}})
     said: list[str] = []
     HFBackend(recipe, Prompt(), said.append)
-    assert said == [], "the CPU itself needs no trial"
+    assert not [text for text in said if "checked" in text], "the CPU itself needs no trial"
     monkeypatch.setattr(models, "pick_device", lambda choice: "cpu:0")
     HFBackend(recipe, Prompt(), said.append)
-    assert len(said) == 1 and said[0].startswith("checked tree against llama")
+    assert [text.startswith("checked tree against llama") for text in said if "checked" in text] == [True]
     monkeypatch.setattr(SharedPrompt, "backward", crash)
     with pytest.raises(RestemError, match="gradient crash"):
         HFBackend(load_recipe({"model": {"base": base}}, ["improve.dtype=bfloat16"]), Prompt(), said.append)

@@ -229,6 +229,21 @@ def test_a_faulty_recording_is_said_once_and_changes_no_sample(fault: str) -> No
     assert len([text for text in said if "operation by operation" in text]) == 1
 
 
+def test_a_faulty_recording_is_not_tried_again_in_a_later_stage() -> None:
+    tried, said = [], list[str]()
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        tried.append(step)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    stage = problems(3)
+    sampler = TreeSampler(tiny(), few_shot(), say=said.append, on_deck=True)
+    sampler.record = record
+    for stream in ("one", "two"):
+        assert len(list(sampler.sample(stage, owe(stage, 5), GREEDY, stream=stream))) == 15
+    assert len(tried) == len([text for text in said if "operation by operation" in text]) == 1
+
+
 def test_a_replay_is_compared_with_what_was_computed_before_it_is_used() -> None:
     """Rounding may differ; a token in twenty may, too."""
     out = torch.tensor([[5.0] * 20, [-1.0] * 20])

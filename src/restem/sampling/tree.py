@@ -206,9 +206,14 @@ class TreeSampler:
             return SlotFlight(self, prefix, prompts, queue, decoding, stream, pace)
         plan = self._plan(prompts, queue, prefix, decoding)
         pace = Pace(self._rows or self._first, plan.rows, found=self._found)
-        replays = Replays(self.record, self.say)
+        replays = Replays(self.record, self._record_no_more)
         args = (self, prefix, prompts, queue, decoding, stream, pace)
         return DeckFlight(*args, blocks=Blocks(plan.blocks, plan.seats), share=plan.share, replays=replays)
+
+    def _record_no_more(self, reason: str) -> None:
+        """In this stage and all later ones."""
+        self.record = None
+        self.say(reason)
 
     # --- memory -------------------------------------------------------------------------------------------------------------
 

@@ -94,7 +94,8 @@ def ways_to_fit(shape: Shape, settings: ImproveConfig, work: Work, total: int) -
     recompute: dict[str, Any] = {"gradient_checkpointing": True}
     light, adapter = {"weights": "bfloat16", "optimiser": "adamw-bfloat16"}, {"lora_rank": 16}
     spread = [{"parallel": "shard"}, {"parallel": "shard"} | recompute, {"parallel": "shard"} | recompute | light]
-    more = [count for count in (2, 4, 8, 16, 32, 64) if count > work.processes]
+    # On a CPU processes share one memory.
+    more = [count for count in (2, 4, 8, 16, 32, 64) if count > work.processes and work.device != "cpu"]
     kinds: list[list[tuple[dict[str, Any], int]]] = [
         [(changes, work.processes) for changes in (recompute, light, recompute | light)],
         [(changes, work.processes) for changes in (adapter, recompute | adapter)],

@@ -219,6 +219,21 @@ def test_training_in_bfloat16_does_not_depend_on_a_devices_autocast_rules(name: 
     assert distance(there, exact) < 1.2 * distance(here, exact)
 
 
+@pytest.mark.parametrize("name", ["llama", "cohere"])
+def test_an_output_layer_with_a_bias_is_trained_as_rows_are(name: str) -> None:
+    """The bias itself, and all below it; as it is, and with logits that are scaled."""
+    model = tiny(name)
+    biased = torch.nn.Linear(48, VOCABULARY)
+    biased.weight = model.lm_head.weight
+    with torch.no_grad():
+        biased.bias.copy_(torch.linspace(-1, 1, VOCABULARY))
+    model.lm_head = biased
+    expected, found = row_gradients(model, TREES["uneven"]), tree_gradients(model, TREES["uneven"])
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert distance(found[1], expected[1]) < 1e-5
+    assert biased.bias.grad.norm() > 0
+
+
 def test_an_output_layer_with_an_adapter_is_trained_as_rows_are() -> None:
     """A layer that is no plain product: its parameters, and what lies below it, get their gradients."""
     model = tiny()

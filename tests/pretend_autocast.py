@@ -9,16 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 
 _LOWERED = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
 _WIDENED = ("exp", "expm1", "log", "log1p", "rsqrt", "reciprocal", "pow.Tensor_Scalar", "logsumexp", "nll_loss", "layer_norm")
 _SUMMED_WIDE = ("softmax.int", "log_softmax.int", "cumsum", "sum", "sum.dim_IntList")
 
 
-def as_cuda_does(device: str) -> list[torch.library.Library]:
+def as_cuda_does(device: str) -> list[library.Library]:
     """Give these rules to a device of PyTorch's private kind. They hold while what is returned does."""
-    nothing, rules = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    nothing.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    nothing, rules = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
+    nothing.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
 
     def under(name: str) -> Any:
         packet, _, overload = name.partition(".")

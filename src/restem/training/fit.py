@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from restem.config import ImproveConfig, Recipe
 from restem.errors import RestemError
 from restem.memory import free_bytes, total_bytes
+from restem.processes import of_this_run
 from restem.training.batches import pack_budget
 from restem.training.estimate import ROWS, TOKENS, Memory, Shape, Work, estimate, read_shape
 
@@ -57,7 +57,7 @@ def work_of(recipe: Recipe, *, device: str, arithmetic: str, sampler: str, share
         shared=shared,
         rows=recipe.engine.rows or ROWS,
         tokens=tokens,
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=of_this_run().count,
     )
 
 
